@@ -37,6 +37,10 @@ class Verdict(msgspec.Struct, frozen=True):
         return self.reason == "ok"
 
 
+INCOMPARABLE = 1e300
+"""The error of an answer that cannot be compared (wrong shape, NaN in other places); JSON knows no infinity."""
+
+
 class OutputError(msgspec.Struct, frozen=True):
     """How far one output is from the fp32 original's, at the worst of the cases it was tried on.
 

@@ -31,7 +31,7 @@ class Recipe(msgspec.Struct, frozen=True):
     @property
     def precision(self) -> str:
         """The arithmetic its answers come from, one of :data:`PRECISIONS`."""
-        return next((t for t in self.transforms if t in PRECISIONS), "fp32")
+        return next((t for t in (*self.transforms, self.mode) if t in PRECISIONS), "fp32")
 
 
 ORIGINAL = Recipe("eager")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import cast
 
 from onecard.backends.base import Backend
@@ -20,13 +21,23 @@ BACKENDS = {
 }
 
 
+PLUGINS_VARIABLE = "ONECARD_BACKENDS"
+
+
+def plugins() -> dict[str, str]:
+    """Backends of the user's own: ``ONECARD_BACKENDS="name=module:Class,..."``; each is tried in every search."""
+    pairs = (entry.partition("=") for entry in os.environ.get(PLUGINS_VARIABLE, "").split(",") if entry)
+    return {name.strip(): target.strip() for name, _, target in pairs}
+
+
 def get_backend(name: str) -> Backend:
     """Import one backend and make it.
 
     Raises:
         UsageError: there is no backend of that name.
     """
-    if name not in BACKENDS:
-        raise UsageError(f"unknown backend '{name}': expected one of {', '.join(BACKENDS)}.")
-    module, _, attribute = BACKENDS[name].partition(":")
+    table = {**BACKENDS, **plugins()}
+    if name not in table:
+        raise UsageError(f"unknown backend '{name}': expected one of {', '.join(table)}.")
+    module, _, attribute = table[name].partition(":")
     return cast(Backend, getattr(importlib.import_module(module), attribute)())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from onecard.evidence import Verdict
 from onecard.recipe import Recipe
@@ -44,6 +44,7 @@ class Target:
         source: the folder of the original model (see ``onecard.models.source``).
         shared: a folder of the variant where artifacts of its buckets may share files.
         work: a folder for the backend's own caches while building; it does not ship.
+        memo: what the artifacts of one variant may share in memory while it is loaded (weights, mostly).
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Target:
     source: Path
     shared: Path
     work: Path | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
 
 class Runner(Protocol):

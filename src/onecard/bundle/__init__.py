@@ -1,1 +1,1 @@
-"""bundle"""
+"""The bundle: its format, writing it, opening it, and running one of its variants."""

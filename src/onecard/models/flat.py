@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 Template = Any
-"""A JSON-like tree of a call's arguments, in which ``{"$": "name"}`` stands for the input of that name."""
+"""A JSON-like tree of a call's arguments, in which ``{"$": "name"}`` stands for the input of that name, and
+``{"()": [...]}`` for a tuple, which JSON cannot tell from a list."""
 
 
 class CallPlan(msgspec.Struct, frozen=True):
@@ -63,8 +64,10 @@ def plan_call(
             name = names[len(found)] if names else default
             found[name] = value
             return {"$": name}
-        if isinstance(value, list | tuple):
+        if isinstance(value, list):
             return [walk(item, hint) for item in value]
+        if isinstance(value, tuple):
+            return {"()": [walk(item, hint) for item in value]}
         if isinstance(value, Mapping):
             return {str(key): walk(item, str(key)) for key, item in value.items()}
         if value is None or isinstance(value, bool | int | float | str):
@@ -83,9 +86,11 @@ def fill(template: Template, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(template, Mapping):
         if set(template) == {"$"}:
             return tensors[template["$"]]
+        if set(template) == {"()"}:
+            return tuple(fill(item, tensors) for item in template["()"])
         return {key: fill(item, tensors) for key, item in template.items()}
-    if isinstance(template, list | tuple):
-        return tuple(fill(item, tensors) for item in template)
+    if isinstance(template, list):
+        return [fill(item, tensors) for item in template]
     return template
 
 

@@ -1,1 +1,1 @@
-"""report"""
+"""What a search found, shown to people: one HTML file, one terminal table, one sentence."""

@@ -1,0 +1,91 @@
+"""CUDA graphs over another backend: the launches of a whole call recorded once and replayed as one.
+
+The artifact is the inner backend's own. Loading captures a graph per bucket with static input and output
+buffers; a call copies the inputs in, replays, and hands out copies, so that no answer is ever overwritten.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from onecard.backends.base import Backend, Runner, Target, Tensors, Unsupported
+from onecard.evidence import Verdict
+from onecard.models.flat import FlatModule
+from onecard.verify.inputs import make_inputs
+
+INNER = ("eager", "inductor", "torchscript")
+_WARMUP_CALLS = 3  # before capture: lazy initialisation and library autotuning must not be recorded
+
+
+class CudaGraphBackend:
+    """``cudagraph.eager`` and ``cudagraph.inductor``: the mode names the inner backend."""
+
+    def available(self, target: Target) -> Verdict | None:
+        if target.device == "cpu":
+            return Verdict("unavailable", "CUDA graphs need an NVIDIA GPU", "Run on a machine with one.")
+        return _inner(target).available(_inner_target(target))
+
+    def build(self, module: FlatModule, inputs: Tensors, folder: Path, target: Target) -> None:
+        _inner(target).build(module, inputs, folder, _inner_target(target))
+
+    def load(self, folder: Path, target: Target) -> Runner:
+        if target.bucket is None:
+            raise Unsupported("a CUDA graph serves one size only", "Use the static recipe.")
+        return CudaGraphRunner(_inner(target).load(folder, _inner_target(target)), target)
+
+
+class CudaGraphRunner:
+    """One captured graph and its static buffers."""
+
+    def __init__(self, inner: Runner, target: Target) -> None:
+        self._inner = inner
+        example = make_inputs(target.spec, target.bucket or {})
+        self._inputs = {name: tensor.to(target.device) for name, tensor in example.items()}
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(target.device)
+        stream.wait_stream(torch.cuda.current_stream(target.device))
+        with torch.inference_mode():
+            with torch.cuda.stream(stream):
+                for _ in range(_WARMUP_CALLS):
+                    inner(self._inputs)
+            torch.cuda.current_stream(target.device).wait_stream(stream)
+            with torch.cuda.graph(self._graph, pool=_pool(target.device)):
+                self._outputs: dict[str, Tensor] = inner(self._inputs)
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        for name, buffer in self._inputs.items():
+            buffer.copy_(inputs[name], non_blocking=True)
+        self._graph.replay()
+        return {name: output.clone() for name, output in self._outputs.items()}
+
+    def close(self) -> None:
+        self._graph.reset()
+        self._outputs = {}
+        self._inner.close()
+
+
+_pools: dict[str, tuple[int, int]] = {}
+
+
+def _pool(device: str) -> tuple[int, int]:
+    """One memory pool for all graphs of a device: they never run at the same time, so they may share it."""
+    if device not in _pools:
+        _pools[device] = torch.cuda.graph_pool_handle()
+    return _pools[device]
+
+
+def _inner_target(target: Target) -> Target:
+    recipe = msgspec.structs.replace(target.recipe, backend=target.recipe.mode, mode="")
+    return Target(recipe, target.spec, target.device, target.bucket, target.source, target.shared, target.work)
+
+
+def _inner(target: Target) -> Backend:
+    from onecard.backends import get_backend
+
+    if target.recipe.mode not in INNER:
+        raise Unsupported(f"no CUDA graph over '{target.recipe.mode}'", f"The modes are {', '.join(INNER)}.")
+    return get_backend(target.recipe.mode)

@@ -1,0 +1,135 @@
+"""One variant on disk: building all its artifacts, and running it for inputs of any size.
+
+A static variant has an artifact per bucket. Inputs between two buckets are padded up to the next, inputs
+larger than the largest are split along the batch; both along symbols of the spec only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onecard.backends import get_backend
+from onecard.backends.base import Runner, Target, Tensors
+from onecard.errors import SpecError
+from onecard.recipe import Recipe
+from onecard.spec import Bucket, Spec, TensorSpec, bucket_label, smallest_fit
+from onecard.transforms.precision import precision_scope
+
+DYNAMIC = "dynamic"
+
+
+def artifact_targets(
+    folder: Path, recipe: Recipe, spec: Spec, buckets: Sequence[Bucket], device: str, source: Path
+) -> Iterator[tuple[Path, Target]]:
+    """Every artifact that a variant consists of: its folder and its target."""
+    memo: dict[Any, Any] = {}
+    for bucket in buckets if recipe.static else [None]:
+        label = DYNAMIC if bucket is None else bucket_label(bucket)
+        yield folder / label, Target(recipe, spec, device, bucket, source, folder / "shared", memo=memo)
+
+
+def load_variant(
+    folder: Path, recipe: Recipe, spec: Spec, buckets: Sequence[Bucket], device: str, source: Path
+) -> VariantRunner:
+    """Load all artifacts of a variant.
+
+    Raises:
+        Exception: whatever the backend raises; the caller turns it into a verdict or falls back.
+    """
+    backend = get_backend(recipe.backend)
+    runners: list[tuple[Bucket | None, Runner]] = []
+    with _scope(recipe, device):
+        for artifact, target in artifact_targets(folder, recipe, spec, buckets, device, source):
+            runners.append((target.bucket, backend.load(artifact, target)))
+    return VariantRunner(recipe, spec, device, runners)
+
+
+class VariantRunner:
+    """A loaded variant for inputs of any size that the spec allows.
+
+    Args:
+        recipe: what it is.
+        spec: what it takes.
+        device: where.
+        runners: one per bucket, or one under None for the whole range.
+    """
+
+    def __init__(
+        self, recipe: Recipe, spec: Spec, device: str, runners: Sequence[tuple[Bucket | None, Runner]]
+    ) -> None:
+        self.recipe = recipe
+        self.spec = spec
+        self.device = device
+        self._dynamic = next((runner for bucket, runner in runners if bucket is None), None)
+        self._static = {tuple(b.items()): runner for b, runner in runners if b is not None}
+        self._buckets = [b for b, _ in runners if b is not None]
+        self._batch = spec.batch_symbol
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """Run on inputs that are on the device, in the spec's dtypes, contiguous, and in its range.
+
+        Returns:
+            Named outputs on the device, owned by the caller.
+        """
+        with _scope(self.recipe, self.device), torch.inference_mode():
+            if self._dynamic is not None:
+                return self._dynamic(inputs)
+            size = self.spec.bind({name: tensor.shape for name, tensor in inputs.items()})
+            exact = self._static.get(tuple((name, size[name]) for name in self.spec.symbols))
+            return exact(inputs) if exact is not None else self._fit(inputs, size)
+
+    def close(self) -> None:
+        """Release every runner."""
+        for runner in [*self._static.values(), *([self._dynamic] if self._dynamic else [])]:
+            runner.close()
+
+    def _fit(self, inputs: Tensors, size: Bucket) -> Tensors:
+        bucket = smallest_fit(self._buckets, size)
+        if bucket is None:
+            return self._split(inputs, size)
+        padded = {t.name: _pad(inputs[t.name], t, bucket) for t in self.spec.inputs}
+        key = tuple((name, bucket[name]) for name in self.spec.symbols)
+        outputs = self._static[key](padded)
+        return {t.name: _crop(outputs[t.name], t, size) for t in self.spec.outputs}
+
+    def _split(self, inputs: Tensors, size: Bucket) -> Tensors:
+        """Answer a batch larger than every bucket in parts of the largest batch that fits."""
+        batch = self._batch
+        fits = [b for b in self._buckets if batch and all(b[s] >= v for s, v in size.items() if s != batch)]
+        if not fits or batch is None:
+            raise SpecError(f"no bucket of {list(map(bucket_label, self._buckets))} holds {bucket_label(size)}.")
+        step = max(b[batch] for b in fits)
+        parts = [
+            self({name: tensor[start : start + step].contiguous() for name, tensor in inputs.items()})
+            for start in range(0, size[batch], step)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _pad(tensor: Tensor, spec: TensorSpec, bucket: Bucket) -> Tensor:
+    """Zeros behind the data in every symbolic dimension, up to the bucket's size."""
+    shape = spec.concrete(bucket)
+    if tuple(tensor.shape) == shape:
+        return tensor
+    padded = tensor.new_zeros(shape)
+    padded[tuple(slice(0, n) for n in tensor.shape)] = tensor
+    return padded
+
+
+def _crop(tensor: Tensor, spec: TensorSpec, size: Bucket) -> Tensor:
+    """The part of an answer that belongs to the unpadded input."""
+    keep = tuple(slice(0, size[d]) if isinstance(d, str) and d in size else slice(None) for d in spec.shape)
+    return tensor[keep]
+
+
+def _scope(recipe: Recipe, device: str) -> contextlib.AbstractContextManager[None]:
+    """The fp32 switches only matter on a GPU, and only where fp32 arithmetic is left."""
+    if device == "cpu" or recipe.precision in ("fp16", "bf16"):
+        return contextlib.nullcontext()
+    return precision_scope(recipe.precision)

@@ -1,0 +1,163 @@
+"""Worker processes under supervision: a time limit, a memory limit, and a reason for every end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from onecard.evidence import Verdict
+
+_POLL_S = 0.1
+_LOG_TAIL = 4000
+_SIGNAL_CURES = {
+    "SIGSEGV": "The engine itself crashed on this model; other candidates are not affected. Try its newest version.",
+    "SIGILL": "The engine used an instruction that this processor lacks; install a build for it.",
+    "SIGKILL": "Something outside onecard killed it, most often the kernel for lack of memory; free some.",
+    "SIGABRT": "The engine gave up; the log says why.",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One worker process to run: its arguments, its log, and how long it may take."""
+
+    name: str
+    arguments: tuple[str, ...]
+    log: Path
+    limit_s: float
+    stage: Path | None = None
+    threads: int = 0
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "onecard.search.worker", *self.arguments]
+
+
+@dataclass
+class Running:
+    """A task under way."""
+
+    task: Task
+    process: subprocess.Popen[bytes]
+    started: float = field(default_factory=time.monotonic)
+    verdict: Verdict | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def stage(self) -> str:
+        """What the worker says it is doing."""
+        if self.task.stage is None:
+            return ""
+        with contextlib.suppress(OSError):
+            return self.task.stage.read_text()
+        return ""
+
+
+class Supervisor:
+    """Runs tasks, as many at a time as it is asked to start, and kills what breaks its limits.
+
+    Args:
+        memory_bytes: what one worker with its children may hold before it is taken for out of memory.
+    """
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.memory_bytes = memory_bytes
+        self.running: list[Running] = []
+
+    def start(self, task: Task) -> None:
+        """Start a worker in a process group of its own, its output going to the task's log."""
+        task.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if task.threads:
+            environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(task.threads)
+        with task.log.open("ab") as log:
+            log.write(f"$ {' '.join(task.command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                task.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        self.running.append(Running(task, process))
+
+    def wait(self) -> list[Running]:
+        """Wait one polling interval, enforce the limits, and return what has ended since."""
+        time.sleep(_POLL_S)
+        ended = []
+        for item in list(self.running):
+            if item.process.poll() is None:
+                self._enforce(item)
+            if item.process.poll() is not None:
+                self.running.remove(item)
+                ended.append(item)
+        return ended
+
+    def kill_all(self) -> None:
+        """End every worker and its children at once."""
+        for item in self.running:
+            _kill(item.process)
+        self.running.clear()
+
+    def _enforce(self, item: Running) -> None:
+        if item.seconds > item.task.limit_s:
+            detail = f"it did not end within {item.task.limit_s:.0f} s (while {item.stage or 'starting'})"
+            item.verdict = Verdict("timeout", detail, "Raise --candidate-time-limit.")
+        elif (held := _held_bytes(item.process.pid)) > self.memory_bytes:
+            item.verdict = Verdict(
+                "out_of_memory",
+                f"it held {held / 2**30:.1f} GiB of main memory, the limit is {self.memory_bytes / 2**30:.1f} GiB",
+                "Use smaller buckets (--batch) or a machine with more memory.",
+            )
+        if item.verdict is not None:
+            _kill(item.process)
+
+
+def verdict_of_exit(item: Running) -> Verdict:
+    """Why a process ended that left no result of its own."""
+    if item.verdict is not None:
+        return item.verdict
+    code = item.process.returncode
+    if code < 0:
+        name = signal.Signals(-code).name
+        stage = f" while {item.stage}" if item.stage else ""
+        return Verdict("crashed", f"killed by {name}{stage}", _SIGNAL_CURES.get(name, "See the log."))
+    return Verdict("crashed", f"it ended with exit code {code} and no result", "See the log.")
+
+
+def tail(log: Path) -> str:
+    """The end of a log, for the report; the whole log stays in the job's folder."""
+    with contextlib.suppress(OSError):
+        return log.read_bytes()[-_LOG_TAIL:].decode(errors="replace")
+    return ""
+
+
+def _held_bytes(pid: int) -> int:
+    """Memory of a process and its children that nobody else holds (0 once it is gone)."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for member in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                memory = member.memory_info()
+                total += memory.rss - getattr(memory, "shared", 0)
+    return total
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

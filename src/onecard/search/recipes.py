@@ -1,0 +1,164 @@
+"""Which recipes are worth trying for a model on a device."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from onecard.backends import BACKENDS, plugins
+from onecard.environment import Environment
+from onecard.errors import UsageError
+from onecard.models.model import Model
+from onecard.recipe import ORIGINAL, Recipe
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_TF32_SINCE = 8.0  # compute capability: Ampere
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What decides which recipes apply: layers of the model, symbols of the spec, abilities of the card."""
+
+    convs: bool
+    norms: bool
+    symbols: bool
+    onnx: bool
+    scripted: bool
+    cuda: bool
+    tf32: bool
+    cpu_bf16: bool
+
+
+def traits_of(model: Model, environment: Environment) -> Traits:
+    """Look at a model and a machine."""
+    layers = list(model.flat.inner.modules())
+    card = environment.card
+    return Traits(
+        convs=any(isinstance(m, _CONVS) for m in layers),
+        norms=any(isinstance(m, _NORMS) for m in layers),
+        symbols=any(r.low < r.high for r in model.spec.symbols.values()),
+        onnx=model.origin.kind == "onnx",
+        scripted=model.origin.kind == "torchscript",
+        cuda=card is not None,
+        tf32=card is not None and float(card.compute_capability) >= _TF32_SINCE,
+        cpu_bf16=not _BF16_FLAGS.isdisjoint(environment.cpu_flags),
+    )
+
+
+def default_recipes(traits: Traits) -> list[Recipe]:
+    """The recipes for these traits: the original first, then those that promise most for their time."""
+    if traits.onnx:
+        recipes = _onnx_recipes(traits)
+    elif traits.cuda:
+        recipes = _cuda_recipes(traits)
+    else:
+        recipes = _cpu_recipes(traits)
+    recipes += [Recipe(name) for name in plugins()]
+    return list(dict.fromkeys([ORIGINAL, *recipes]))
+
+
+def select_recipes(traits: Traits, patterns: Sequence[str]) -> list[Recipe]:
+    """The recipes that match any of the globs, and always the original.
+
+    Args:
+        traits: of the model and the machine.
+        patterns: globs over recipe ids, or whole ids in their text form; none means the default list.
+
+    Raises:
+        UsageError: a pattern matches nothing and is no recipe itself.
+    """
+    offered = default_recipes(traits)
+    if not patterns:
+        return offered
+    chosen = [ORIGINAL]
+    for pattern in patterns:
+        matches = [r for r in offered if fnmatch.fnmatchcase(r.id, pattern)]
+        if not matches:
+            matches = [parse_recipe(pattern, [r.id for r in offered])]
+        chosen += matches
+    return list(dict.fromkeys(chosen))
+
+
+def parse_recipe(text: str, offered: Sequence[str] = ()) -> Recipe:
+    """Read a recipe's id: ``backend[.mode][+transform...][@bucket]``.
+
+    Raises:
+        UsageError: an unknown backend or transform; the message lists the recipes on offer.
+    """
+    from onecard.transforms import TRANSFORMS
+
+    body, _, suffix = text.partition("@")
+    head, *transforms = body.split("+")
+    backend, _, mode = head.partition(".")
+    known = {*BACKENDS, *plugins()}
+    unknown = [t for t in transforms if t not in TRANSFORMS]
+    if backend not in known or unknown or suffix not in ("", "bucket"):
+        raise UsageError(
+            f"no recipe matches '{text}'.",
+            f"On offer here: {', '.join(offered)}. A recipe of your own is BACKEND[.MODE][+TRANSFORM...][@bucket] "
+            f"with backends {', '.join(sorted(known))} and transforms {', '.join(TRANSFORMS)}.",
+        )
+    return Recipe(backend, mode, tuple(transforms), suffix == "bucket")
+
+
+def _cpu_recipes(traits: Traits) -> list[Recipe]:
+    fold = ("fold_bn",) if traits.norms else ()
+    layout = ("channels_last",) if traits.convs else ()
+    recipes = [
+        Recipe("onnxruntime", "cpu"),
+        Recipe("openvino"),
+        Recipe("torchscript", "trace"),
+        Recipe("inductor", static=True),
+        Recipe("torchscript", "trace", (*layout, *fold)),
+        Recipe("eager", "", (*layout, *fold)),
+        Recipe("torchscript", "script"),
+    ]
+    if fold:
+        recipes.append(Recipe("eager", "", fold))
+    if traits.cpu_bf16:
+        recipes += [
+            Recipe("openvino", "bf16"),
+            Recipe("inductor", "", ("bf16",), static=True),
+            Recipe("eager", "", (*layout, *fold, "bf16")),
+            Recipe("eager", "", ("autocast_bf16",)),
+        ]
+    if traits.symbols:
+        recipes.append(Recipe("inductor"))
+    recipes.append(Recipe("aoti"))
+    return recipes
+
+
+def _cuda_recipes(traits: Traits) -> list[Recipe]:
+    fold = ("fold_bn",) if traits.norms else ()
+    layout = ("channels_last",) if traits.convs else ()
+    half = (*layout, *fold, "fp16")
+    recipes = [
+        Recipe("eager", "", half),
+        Recipe("cudagraph", "inductor", half, static=True),
+        Recipe("cudagraph", "eager", half, static=True),
+        Recipe("inductor", "", half, static=True),
+        Recipe("torchscript", "trace", half),
+        Recipe("cudagraph", "inductor", (*layout, *fold, "bf16"), static=True),
+        Recipe("eager", "", ("autocast_fp16",)),
+        Recipe("onnxruntime", "cuda", ("fp16",)),
+        Recipe("onnxruntime", "tensorrt", ("fp16",)),
+        Recipe("tensorrt", "", ("fp16",)),
+        Recipe("aoti", "", half, static=True),
+    ]
+    if traits.tf32:
+        recipes += [
+            Recipe("eager", "", ("tf32",)),
+            Recipe("cudagraph", "inductor", (*layout, *fold, "tf32"), static=True),
+        ]
+    return recipes
+
+
+def _onnx_recipes(traits: Traits) -> list[Recipe]:
+    cpu = [Recipe("onnxruntime", "cpu"), Recipe("openvino"), *([Recipe("openvino", "bf16")] if traits.cpu_bf16 else [])]
+    cuda = [Recipe("onnxruntime", "cuda"), Recipe("onnxruntime", "tensorrt")]
+    return cuda if traits.cuda else cpu

@@ -1,0 +1,433 @@
+"""The search: prepare the job, run every candidate in a process of its own, play off, choose.
+
+Whatever is finished is on disk, so a search that was killed goes on where it was; a candidate's failure of
+any kind is a row; Ctrl-C ends the trying and goes on to the choice with what there is.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+
+from onecard.environment import detect
+from onecard.errors import InterruptedSearch, SearchError, StorageError, UsageError
+from onecard.evidence import Candidate, Evidence, Verdict
+from onecard.host import cache_folder
+from onecard.models.model import Model
+from onecard.models.source import save_source
+from onecard.recipe import ORIGINAL, Recipe
+from onecard.search.choose import OBJECTIVES, Wishes, choose, finalists, within_memory
+from onecard.search.job import (
+    BuildResult,
+    EffortSpec,
+    Job,
+    JobFolder,
+    PlayoffResult,
+    RunResult,
+    job_key,
+    read,
+    write,
+)
+from onecard.search.processes import Running, Supervisor, Task, tail, verdict_of_exit
+from onecard.search.recipes import select_recipes, traits_of
+from onecard.spec import default_buckets
+from onecard.verify.compare import THRESHOLDS, Threshold
+from onecard.verify.data import Dataset
+from onecard.verify.reference import read_reference
+
+_MEMORY_SHARE = 0.85  # of the machine's memory, for one worker with its children
+_CORES_PER_BUILD = 3
+_MAX_BUILDS = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of a search; the defaults stand here and nowhere else.
+
+    Args:
+        objective: ``latency``, ``throughput``, ``memory`` or ``size``.
+        batches: batch sizes to build for and time; empty means the smallest, 8 and the largest.
+        max_latency_p99_ms: no bucket may be slower.
+        max_memory_bytes: the variant may hold no more at once.
+        max_drop: how far the metric on labelled data may fall.
+        recipes: globs over recipe ids; empty means the default list.
+        time_limit_s: after it no candidate is started any more.
+        candidate_time_limit_s: for building, and again for running, one candidate.
+        device: ``cpu``, ``cuda:0`` ...
+        metric: name of the metric on labelled data, or empty.
+        fresh: forget what an earlier search of the same job found.
+        thresholds: relative L2 by precision, in place of the default ones.
+        effort: how long to measure.
+        worker_memory_bytes: kill a worker that holds more main memory; None means most of the machine's.
+    """
+
+    objective: str = "latency"
+    batches: tuple[int, ...] = ()
+    max_latency_p99_ms: float | None = None
+    max_memory_bytes: int | None = None
+    max_drop: float = 0.01
+    recipes: tuple[str, ...] = ()
+    time_limit_s: float = 1800.0
+    candidate_time_limit_s: float = 300.0
+    device: str = "cpu"
+    metric: str = ""
+    fresh: bool = False
+    thresholds: dict[str, float] = field(default_factory=dict)
+    effort: EffortSpec = field(default_factory=EffortSpec)
+    worker_memory_bytes: int | None = None
+
+    @property
+    def wishes(self) -> Wishes:
+        return Wishes(self.objective, self.max_latency_p99_ms, self.max_memory_bytes)
+
+
+@dataclass
+class Progress:
+    """The state of a search, for whoever shows it."""
+
+    recipes: list[Recipe]
+    done: dict[str, Candidate]
+    running: list[Running]
+    elapsed_s: float
+    time_limit_s: float
+    resumed: int
+    phase: str
+
+
+Observer = Callable[[Progress], None]
+
+
+class Search:
+    """One search over one model; :meth:`run` does it.
+
+    Args:
+        model: the original.
+        options: what is asked.
+        data: labelled rows, if any.
+        observe: called several times a second with the state.
+    """
+
+    def __init__(
+        self, model: Model, options: Options, data: Dataset | None = None, observe: Observer | None = None
+    ) -> None:
+        if options.objective not in OBJECTIVES:
+            raise UsageError(f"unknown objective '{options.objective}': expected one of {', '.join(OBJECTIVES)}.")
+        self.options = options
+        self.model = model
+        self.environment = detect(options.device)
+        self.recipes = select_recipes(traits_of(model, self.environment), options.recipes)
+        self.buckets = tuple(default_buckets(model.spec, options.batches))
+        self.done: dict[str, Candidate] = {}
+        self.resumed = 0
+        self.phase = "preparing"
+        self.interrupted = False
+        self._data = data
+        self._observe = observe or (lambda progress: None)
+        self._started = time.monotonic()
+        self._start_time = datetime.now(timezone.utc)
+        limit = options.worker_memory_bytes or int(self.environment.memory_bytes * _MEMORY_SHARE)
+        self._supervisor = Supervisor(limit)
+        self.folder = self._prepare()
+
+    def run(self) -> Evidence:
+        """Try every recipe and choose.
+
+        Returns:
+            All that was found; the artifacts lie in ``self.folder``.
+
+        Raises:
+            SearchError: the original itself does not run, so there is nothing to compare with.
+            InterruptedSearch: Ctrl-C before the original was measured.
+        """
+        try:
+            notes = self._reference()
+            self._candidates()
+        except KeyboardInterrupt:
+            self._supervisor.kill_all()
+            self.interrupted = True
+            if ORIGINAL.id not in self.done:
+                raise InterruptedSearch("stopped before anything was ready; nothing was written.") from None
+            notes = list(read_reference(self.folder.reference).notes)
+        original = self.done[ORIGINAL.id]
+        if not original.verdict.ok:
+            raise SearchError(
+                f"the original itself does not run here: {original.verdict.detail}",
+                original.verdict.cure or f"The log is {original.log}.",
+            )
+        for recipe in self.recipes:
+            if recipe.id not in self.done:
+                self._skip(recipe)
+        try:
+            playoff = self._play_off()
+        except KeyboardInterrupt:
+            self._supervisor.kill_all()
+            playoff = PlayoffResult({}, {})
+            notes.append("interrupted in the play-off: the choice rests on the candidates' own measurements")
+        return self._evidence(playoff, notes)
+
+    def _prepare(self) -> JobFolder:
+        """Write the job's folder, or find the one that an earlier search of the same job left."""
+        thresholds = {
+            name: Threshold(self.options.thresholds.get(name, default.relative_l2), default.cosine)
+            for name, default in THRESHOLDS.items()
+        }
+        job = Job(
+            self.model.name,
+            self.model.spec,
+            self.buckets,
+            self.options.device,
+            self.environment,
+            thresholds,
+            self.options.effort,
+            self.options.metric,
+            self.options.max_drop,
+        )
+        folder = JobFolder(cache_folder() / "searches" / job_key(self.model, job, _digest(self._data)))
+        try:
+            if self.options.fresh:
+                shutil.rmtree(folder.root, ignore_errors=True)
+            if not folder.job.exists():
+                shutil.rmtree(folder.root, ignore_errors=True)
+                folder.root.mkdir(parents=True, mode=0o700)
+                save_source(self.model, folder.source, live=True)
+                if self._data is not None:
+                    _save_data(self._data, folder)
+                write(folder.job, job)
+        except OSError as error:
+            raise StorageError(
+                f"the search cannot write to its cache {folder.root}: {error.strerror or error}.",
+                "Free some space or set ONECARD_CACHE to another folder.",
+            ) from error
+        return folder
+
+    def _reference(self) -> list[str]:
+        """The original's answers, computed in a process like everything else."""
+        self.phase = "computing the original's answers"
+        if not (self.folder.reference / "reference.json").exists():
+            log = self.folder.root / "reference.log"
+            arguments = ("reference", str(self.folder.root))
+            self._supervisor.start(Task("reference", arguments, log, self.options.candidate_time_limit_s))
+            (ended,) = self._until_one_ends()
+            if not (self.folder.reference / "reference.json").exists():
+                verdict = verdict_of_exit(ended)
+                last = [line for line in tail(log).splitlines() if line.strip()][-1:]
+                why = f"{verdict.detail}. {' '.join(last)}".strip()
+                raise SearchError(
+                    f"the original itself does not run on {self.options.device}: {why}",
+                    f"The whole log is {log}.",
+                )
+        return list(read_reference(self.folder.reference).notes)
+
+    def _candidates(self) -> None:
+        """Build and run every candidate: builds side by side where there are cores, runs one at a time."""
+        waiting = [r for r in self.recipes if not self._known(r)]
+        self.resumed = len(self.done)
+        builders = max(1, min(_MAX_BUILDS, self.environment.cores // _CORES_PER_BUILD))
+        if builders == 1:
+            for recipe in waiting:
+                if self._out_of_time():
+                    return
+                if self._build([recipe], 1):
+                    self._run(recipe)
+        else:
+            for recipe in self._build(waiting, builders):
+                if self._out_of_time():
+                    return
+                self._run(recipe)
+
+    def _build(self, recipes: Sequence[Recipe], builders: int) -> list[Recipe]:
+        """Build several candidates, and return those that can be run."""
+        self.phase = "building"
+        queue = [r for r in recipes if not self._is_built(r)]
+        built = [r for r in recipes if self._is_built(r)]
+        while queue or self._supervisor.running:
+            while queue and len(self._supervisor.running) < builders and not self._out_of_time():
+                self._supervisor.start(self._task("build", queue.pop(0), max(1, self.environment.cores // builders)))
+            if not self._supervisor.running:
+                break
+            for ended in self._until_one_ends():
+                recipe = next(r for r in recipes if r.id == ended.task.name)
+                place = self.folder.candidate(recipe)
+                if not place.build.exists():
+                    write(place.build, BuildResult(verdict_of_exit(ended), ended.seconds))
+                verdict = read(place.build, BuildResult).verdict
+                if verdict.ok:
+                    built.append(recipe)
+                else:
+                    write(place.result, RunResult(verdict, limit_s=self.options.candidate_time_limit_s))
+                    self._known(recipe)
+        order = {r.id: i for i, r in enumerate(recipes)}
+        return sorted(built, key=lambda r: order[r.id])
+
+    def _run(self, recipe: Recipe) -> None:
+        self.phase = "verifying and timing"
+        task = self._task("run", recipe, 0)
+        self._supervisor.start(task)
+        (ended,) = self._until_one_ends()
+        place = self.folder.candidate(recipe)
+        if not place.result.exists():
+            write(place.result, RunResult(verdict_of_exit(ended), limit_s=task.limit_s))
+        self._known(recipe)
+
+    def _task(self, role: str, recipe: Recipe, threads: int) -> Task:
+        place = self.folder.candidate(recipe)
+        arguments = (role, str(self.folder.root), recipe.id)
+        limit = self.options.candidate_time_limit_s
+        if role == "run":
+            arguments = (*arguments, str(limit))
+        return Task(recipe.id, arguments, place.log, limit, place.stage, threads)
+
+    def _until_one_ends(self) -> list[Running]:
+        while True:
+            ended = self._supervisor.wait()
+            self._observe(self.progress())
+            if ended:
+                return ended
+
+    def progress(self) -> Progress:
+        """The state right now."""
+        elapsed = time.monotonic() - self._started
+        return Progress(
+            self.recipes,
+            self.done,
+            self._supervisor.running,
+            elapsed,
+            self.options.time_limit_s,
+            self.resumed,
+            self.phase,
+        )
+
+    def _is_built(self, recipe: Recipe) -> bool:
+        place = self.folder.candidate(recipe)
+        return place.build.exists() and place.variant.exists() and read(place.build, BuildResult).verdict.ok
+
+    def _known(self, recipe: Recipe) -> bool:
+        """Take a finished candidate from its files, if it is there and still counts."""
+        place = self.folder.candidate(recipe)
+        if not place.result.exists():
+            return False
+        result = read(place.result, RunResult)
+        gone = result.verdict.ok and not place.variant.exists()
+        may_do_better = result.verdict.reason == "timeout" and result.limit_s < self.options.candidate_time_limit_s
+        if gone or may_do_better:
+            place.result.unlink()
+            place.build.unlink(missing_ok=True)
+            return False
+        build = read(place.build, BuildResult) if place.build.exists() else BuildResult(result.verdict)
+        self.done[recipe.id] = Candidate(
+            recipe=recipe,
+            verdict=result.verdict,
+            measurement=msgspec.structs.replace(result.measurement, build_s=build.seconds),
+            errors=result.errors,
+            metric=result.metric,
+            warnings=(*build.warnings, *result.warnings),
+            seconds=build.seconds + result.seconds,
+            command=f"{sys.executable} -m onecard.search.worker build {self.folder.root} {recipe.id}",
+            log=tail(place.log) if not result.verdict.ok else "",
+        )
+        self._observe(self.progress())
+        return True
+
+    def _skip(self, recipe: Recipe) -> None:
+        reason = "the search was interrupted" if self.interrupted else "the time limit was reached"
+        cure = "Run the same command again: what is done is kept." + (
+            "" if self.interrupted else " Or raise --time-limit."
+        )
+        self.done[recipe.id] = Candidate(recipe, Verdict("skipped", f"{reason} before its turn", cure))
+
+    def _out_of_time(self) -> bool:
+        return ORIGINAL.id in self.done and time.monotonic() - self._started > self.options.time_limit_s
+
+    def _play_off(self) -> PlayoffResult:
+        """Time the finalists in turn in one process; without a rival there is nothing to play."""
+        self.phase = "play-off"
+        allowed = within_memory([c for c in self.done.values() if c.verdict.ok], self.options.wishes, [])
+        picked = finalists([self.done[ORIGINAL.id], *allowed], self.buckets, self.options.objective)
+        names = tuple(c.id for c in picked)
+        if len(names) == 1:
+            return PlayoffResult({}, {})
+        if self.folder.playoff.exists():
+            earlier = read(self.folder.playoff, PlayoffResult)
+            if set(earlier.timings) | set(earlier.absent) == set(names):
+                return earlier
+            self.folder.playoff.unlink()
+        arguments = ("playoff", str(self.folder.root), *names)
+        limit = self.options.candidate_time_limit_s * 2
+        self._supervisor.start(Task("play-off", arguments, self.folder.root / "playoff.log", limit))
+        (ended,) = self._until_one_ends()
+        if not self.folder.playoff.exists():
+            return PlayoffResult({}, dict.fromkeys(names, verdict_of_exit(ended).detail))
+        return read(self.folder.playoff, PlayoffResult)
+
+    def _evidence(self, playoff: PlayoffResult, notes: list[str]) -> Evidence:
+        notes += [f"{name} could not take part in the play-off: {why}" for name, why in playoff.absent.items()]
+        if self.interrupted:
+            notes.append("the search was interrupted; run the same command again to finish it")
+        evidence = Evidence(
+            model=self.model.name,
+            spec=self.model.spec,
+            buckets=self.buckets,
+            objective=self.options.objective,
+            device=self.options.device,
+            environment=self.environment,
+            candidates=tuple(self.done[r.id] for r in self.recipes),
+            chosen=ORIGINAL.id,
+            playoff=playoff.timings,
+            reference_error=read_reference(self.folder.reference).fp64_error,
+            started=self._start_time.isoformat(timespec="seconds"),
+            seconds=time.monotonic() - self._started,
+            params=sum(p.numel() for p in self.model.flat.parameters()),
+        )
+        choice = choose(evidence, self.options.wishes)
+        candidates = tuple(_settled(c, evidence, choice.chosen) for c in evidence.candidates)
+        return msgspec.structs.replace(
+            evidence,
+            candidates=candidates,
+            chosen=choice.chosen,
+            ranks=choice.ranks,
+            pareto=choice.pareto,
+            notes=(*notes, *choice.notes),
+        )
+
+
+def _settled(candidate: Candidate, evidence: Evidence, chosen: str) -> Candidate:
+    """Mark what passed but is no faster than the original at any bucket."""
+    if not candidate.verdict.ok or candidate.id in (chosen, ORIGINAL.id):
+        return candidate
+    pairs = [(evidence.timing(candidate.id, b), evidence.timing(ORIGINAL.id, b)) for b in evidence.buckets or ({},)]
+    if all(a is not None and o is not None and a.median_ms >= o.median_ms for a, o in pairs):
+        verdict = Verdict("slower", "right, but at no bucket faster than the original")
+        return msgspec.structs.replace(candidate, verdict=verdict)
+    return candidate
+
+
+def _digest(data: Dataset | None) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_named(data).items()) if data else ():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _named(data: Dataset | None) -> dict[str, torch.Tensor]:
+    """The data as named tensors, labels under the names by which :func:`load_data` finds them again."""
+    if data is None:
+        return {}
+    labels = data.labels
+    if isinstance(labels, dict):
+        return {**data.inputs, **{f"label_{name}": tensor for name, tensor in labels.items()}}
+    return {**data.inputs, **({"label": labels} if labels is not None else {})}
+
+
+def _save_data(data: Dataset, folder: JobFolder) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in _named(data).items()}, folder.data)

@@ -1,0 +1,352 @@
+"""One candidate's work in a process of its own: ``python -m onecard.search.worker ROLE JOB [RECIPE ...]``.
+
+Roles: ``reference`` (the original's answers), ``build`` (artifacts into the candidate's folder), ``run`` (load
+them back, verify, time) and ``playoff`` (the finalists in turn). Files in, files out: the command line
+reproduces what the search did. What goes wrong is written as a verdict; only a signal leaves none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onecard.backends import get_backend
+from onecard.backends.base import Unsupported
+from onecard.bundle.variant import VariantRunner, artifact_targets, load_variant
+from onecard.errors import DataError, MissingDependencyError
+from onecard.evidence import Measurement, Metric, Timing, Verdict
+from onecard.measure.card import CardSampler
+from onecard.measure.memory import MemoryWatch
+from onecard.measure.timer import Effort, Stopwatch, measure, no_garbage_collection, rotation
+from onecard.models.source import load_source
+from onecard.recipe import Recipe
+from onecard.search.job import BuildResult, CandidateFolder, Job, JobFolder, PlayoffResult, RunResult, write
+from onecard.search.recipes import parse_recipe
+from onecard.spec import Bucket
+from onecard.transforms import apply_transforms
+from onecard.transforms.precision import precision_scope
+from onecard.verify.cases import Case, make_cases
+from onecard.verify.compare import compare
+from onecard.verify.data import Dataset, batches, load_data
+from onecard.verify.gate import Gate
+from onecard.verify.inputs import make_inputs
+from onecard.verify.metrics import get_metric
+from onecard.verify.reference import Run, compute_reference, read_reference, to_device, write_reference
+
+_PR_SET_PDEATHSIG = 1
+_METRIC_BATCH = 32
+
+
+def main(arguments: list[str]) -> int:
+    """Entry of a worker process; see the module's docstring."""
+    role, folder, *recipes = arguments
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the search's to handle
+    job = JobFolder(Path(folder))
+    if role == "reference":
+        make_reference(job)
+    elif role == "build":
+        build_candidate(job, parse_recipe(recipes[0]))
+    elif role == "run":
+        run_candidate(job, parse_recipe(recipes[0]), float(recipes[1]) if len(recipes) > 1 else 0.0)
+    elif role == "playoff":
+        play_off(job, [parse_recipe(r) for r in recipes])
+    else:
+        print(__doc__, file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_reference(folder: JobFolder) -> None:
+    """Run the original in fp32 on every case and write its answers."""
+    job = folder.read_job()
+    model = load_source(folder.source, allow_live=True)
+    module = model.flat.to(job.device)
+    data = _load_data(folder, job)
+
+    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.inference_mode(), precision_scope("fp32"):
+            outputs = module(*(inputs[t.name] for t in job.spec.inputs))
+        return dict(zip((t.name for t in job.spec.outputs), outputs, strict=True))
+
+    folder.reference.mkdir(exist_ok=True)
+    cases = make_cases(job.spec, job.buckets)
+    rows = data.inputs if data else None
+    found = compute_reference(run, job.spec, cases, folder.reference, rows, job.device)
+    metric = _evaluate(run, job, data) if job.metric and data else None
+    error = _fp64_error(run, module, job, cases[0], rows)
+    replaced = type(found)(found.cases, found.row_invariant, error, metric, found.notes)
+    write_reference(replaced, folder.reference)
+
+
+def build_candidate(folder: JobFolder, recipe: Recipe) -> None:
+    """Build every artifact of a recipe and write the verdict."""
+    place = folder.candidate(recipe)
+    started = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        verdict = _guarded(lambda: _build(folder, recipe, place))
+    seconds = time.perf_counter() - started
+    write(place.build, BuildResult(verdict, seconds, _texts(caught)))
+
+
+def _build(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> Verdict:
+    job = folder.read_job()
+    shutil.rmtree(place.variant, ignore_errors=True)
+    place.variant.mkdir(parents=True)
+    backend = get_backend(recipe.backend)
+    targets = list(artifact_targets(place.variant, recipe, job.spec, job.buckets, job.device, folder.source))
+    refusal = backend.available(targets[0][1])
+    if refusal is not None:
+        return refusal
+    example = job.buckets[0] if job.buckets else {}
+    inputs = to_device(make_inputs(job.spec, example), job.device)
+    _stage(place, "loading the model")
+    module = load_source(folder.source, allow_live=True).flat.to(job.device)
+    module = apply_transforms(module, recipe.transforms, inputs)
+    for artifact, target in targets:
+        _stage(place, f"building {artifact.name}")
+        artifact.mkdir()
+        bucket = target.bucket if target.bucket is not None else example
+        with precision_scope(recipe.precision):
+            backend.build(module, to_device(make_inputs(job.spec, bucket), job.device), artifact, target)
+    return Verdict("ok")
+
+
+def run_candidate(folder: JobFolder, recipe: Recipe, limit_s: float) -> None:
+    """Load a built candidate, verify it, time it, and write all that was found."""
+    place = folder.candidate(recipe)
+    started = time.perf_counter()
+    found = RunResult(Verdict("crashed"))
+
+    def work() -> Verdict:
+        nonlocal found
+        found = _run(folder, recipe, place)
+        return found.verdict
+
+    with warnings.catch_warnings(record=True) as caught:
+        verdict = _guarded(work)
+    seconds = time.perf_counter() - started
+    write(
+        place.result,
+        RunResult(
+            verdict, found.measurement, found.errors, found.metric, (*found.warnings, *_texts(caught)), seconds, limit_s
+        ),
+    )
+
+
+def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult:
+    job = folder.read_job()
+    data = _load_data(folder, job)
+    card, memory = CardSampler(job.device), MemoryWatch(job.device)
+    _stage(place, "loading")
+    started = time.perf_counter()
+    run = load_variant(place.variant, recipe, job.spec, job.buckets, job.device, folder.source)
+    load_s = time.perf_counter() - started
+    watches = [_stopwatch(run, job, bucket, data) for bucket in _timed(job)]
+    for watch in watches:
+        _stage(place, f"first call at {watch.bucket}")
+        watch.first_call()
+    gate = Gate(
+        job.spec,
+        read_reference(folder.reference),
+        folder.reference,
+        job.thresholds[recipe.precision],
+        job.device,
+        data.inputs if data else None,
+        only_sane=bool(job.metric),
+    )
+    verdict = gate.judge(run, lambda case: _stage(place, f"verifying {case}"))
+    metric = None
+    if verdict.ok and job.metric and data is not None:
+        _stage(place, f"measuring {job.metric}")
+        metric = Metric(job.metric, _evaluate(run, job, data), gate.reference.metric or 0.0, data.rows)
+        verdict = _judge_metric(metric, job.max_drop)
+    timings: list[Timing] = []
+    notes: list[str] = []
+    for watch in watches if verdict.ok else ():
+        _stage(place, f"timing {watch.bucket}")
+        timing, wide = measure(watch, _effort(job), card)
+        timings.append(timing)
+        notes += wide
+    measurement = Measurement(
+        tuple(timings), 0.0, load_s, memory.peak_device_bytes(), memory.peak_process_bytes(), _size(place, folder)
+    )
+    run.close()
+    return RunResult(verdict, measurement, tuple(gate.errors.values()), metric, tuple(notes))
+
+
+def play_off(folder: JobFolder, recipes: list[Recipe]) -> None:
+    """Load the finalists together and time them in turn, A B C A B C, so that drift hits all alike."""
+    job = folder.read_job()
+    data = _load_data(folder, job)
+    card = CardSampler(job.device)
+    runners: dict[str, VariantRunner] = {}
+    absent: dict[str, str] = {}
+    for recipe in recipes:
+        place = folder.candidate(recipe)
+        try:
+            runners[recipe.id] = load_variant(place.variant, recipe, job.spec, job.buckets, job.device, folder.source)
+        except Exception as error:  # one finalist must not keep the others from playing
+            absent[recipe.id] = f"{type(error).__name__}: {error}"
+    timings: dict[str, list[Timing]] = {name: [] for name in runners}
+    for bucket in _timed(job):
+        watches = {name: _stopwatch(run, job, bucket, data) for name, run in runners.items()}
+        total = _effort(job)
+        rounds = job.effort.playoff_rounds
+        turn = Effort(total.warmup_s / 2, total.latency_s / rounds, total.period_s / rounds, 3, 60)
+        before = card.read()
+        for watch in watches.values():
+            watch.warm_up(turn)
+        with no_garbage_collection():
+            for _ in range(rounds):
+                for watch in watches.values():
+                    watch.sample(turn)
+        after = card.read()
+        for name, watch in watches.items():
+            timings[name].append(watch.timing(before, after))
+    write(folder.playoff, PlayoffResult({name: tuple(t) for name, t in timings.items()}, absent))
+
+
+def _stopwatch(run: Run, job: Job, bucket: Bucket, data: Dataset | None) -> Stopwatch:
+    batch = job.spec.batch_symbol
+    rows = bucket[batch] if batch else 1
+
+    def make(index: int) -> dict[str, Tensor]:
+        made = make_inputs(job.spec, bucket, seed=100 + index, data=data.inputs if data else None)
+        return to_device(made, job.device)
+
+    return Stopwatch(run, rotation(make), job.device, bucket, rows)
+
+
+def _timed(job: Job) -> tuple[Bucket, ...]:
+    return job.buckets or ({},)
+
+
+def _effort(job: Job) -> Effort:
+    return Effort(job.effort.warmup_s, job.effort.latency_s, job.effort.period_s)
+
+
+def _evaluate(run: Run, job: Job, data: Dataset) -> float:
+    """The metric of a variant over all of the data, in batches that it serves."""
+    parts: list[dict[str, Tensor]] = []
+    for part in batches(data, _metric_batch(job)):
+        outputs = run(to_device(part.inputs, job.device))
+        parts.append({name: out.detach().cpu() for name, out in outputs.items()})
+    joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+    if data.labels is None:
+        raise DataError("the metric needs labels.", "Put them beside the inputs as 'label'.")
+    value = float(get_metric(job.metric)(joined, data.labels))
+    if not math.isfinite(value):
+        raise DataError(f"the metric {job.metric} gave {value}, expected a finite number.")
+    return value
+
+
+def _metric_batch(job: Job) -> int:
+    """Rows a call: what the spec allows at most, or the fixed size of the first dimension."""
+    batch = job.spec.batch_symbol
+    if batch:
+        return min(_METRIC_BATCH, job.spec.symbols[batch].high)
+    first = job.spec.inputs[0].shape[0]
+    return first if isinstance(first, int) else 1
+
+
+def _judge_metric(metric: Metric, max_drop: float) -> Verdict:
+    if metric.drop <= max_drop:
+        return Verdict("ok")
+    return Verdict(
+        "wrong",
+        f"{metric.name} fell from {metric.original:.4f} to {metric.value:.4f} on {metric.samples} samples, "
+        f"more than {max_drop:g}",
+        "Raise --max-drop if that loss is acceptable.",
+    )
+
+
+def _fp64_error(
+    run: Run, module: torch.nn.Module, job: Job, case: Case, data: dict[str, Tensor] | None
+) -> float | None:
+    """The rounding error of the fp32 original itself, where the model runs in fp64 at all."""
+    inputs = to_device(make_inputs(job.spec, case.bucket, seed=case.seed, ragged=case.ragged, data=data), job.device)
+    try:
+        single = run(inputs)
+        module.double()
+        wide = {name: t.double() if t.dtype == torch.float32 else t for name, t in inputs.items()}
+        exact = run(wide)
+    except Exception:  # fp64 is a courtesy: mixed dtypes inside, or no kernel for it
+        return None
+    return max(
+        (compare(name, single[name].double(), out, case.name).relative_l2 for name, out in exact.items()), default=None
+    )
+
+
+def _load_data(folder: JobFolder, job: Job) -> Dataset | None:
+    return load_data(str(folder.data), job.spec) if folder.data.exists() else None
+
+
+def _guarded(work: Callable[[], Verdict]) -> Verdict:
+    """Run something and turn whatever it raises into a verdict; the traceback goes to the log."""
+    try:
+        return work()
+    except Unsupported as error:
+        return Verdict("unsupported", error.detail, error.cure)
+    except MissingDependencyError as error:
+        return Verdict("unavailable", error.message, error.cure)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        traceback.print_exc()
+        return Verdict("out_of_memory", _first_line(error), "Use smaller buckets (--batch) or a half-precision recipe.")
+    except Exception as error:
+        traceback.print_exc()
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+            return Verdict("out_of_memory", _first_line(error), "Use smaller buckets (--batch).")
+        return Verdict("crashed", f"{type(error).__name__}: {_first_line(error)}", "The log has the whole traceback.")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _texts(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
+    """Warnings that matter to a user: those of onecard itself; others go to the log."""
+    for item in caught:
+        print(f"warning: {item.category.__name__}: {item.message}", file=sys.stderr)
+    return tuple(
+        dict.fromkeys(str(w.message) for w in caught if w.filename.find("onecard") >= 0 and w.category is UserWarning)
+    )
+
+
+def _size(place: CandidateFolder, folder: JobFolder) -> int:
+    """Bytes on disk that this variant needs: its own, and the original's weights where it builds on them."""
+    own = sum(path.stat().st_size for path in place.variant.rglob("*") if path.is_file())
+    notes = list(place.variant.rglob("eager.json"))
+    if any(b"source" in note.read_bytes() for note in notes):
+        needed = (folder.source / name for name in ("weights.safetensors", "model.ts", "model.onnx"))
+        own += sum(path.stat().st_size for path in needed if path.exists())
+    return own
+
+
+def _stage(place: CandidateFolder, text: str) -> None:
+    """Tell the search what is going on; it looks now and then."""
+    place.stage.write_text(text)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the search dies, so that kill -9 leaves nothing running."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

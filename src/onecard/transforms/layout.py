@@ -1,0 +1,22 @@
+"""Memory layout: channels-last convolutions, which tensor cores and oneDNN prefer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from onecard.backends.base import Unsupported
+from onecard.models.flat import FlatModule
+
+
+def channels_last(module: FlatModule, inputs: dict[str, Tensor]) -> FlatModule:
+    """Weights and 4-D activations in channels-last order; answers come out contiguous.
+
+    Raises:
+        Unsupported: the model has no 2-D convolution, so nothing would change.
+    """
+    if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in module.inner.modules()):
+        raise Unsupported("the model has no 2-D convolution that a channels-last layout could help")
+    module.inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.channels_last = True
+    return module

@@ -1,0 +1,114 @@
+"""How far two answers are apart, and how far they may be."""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+from torch import Tensor
+
+from onecard.evidence import INCOMPARABLE, OutputError
+
+
+class Threshold(msgspec.Struct, frozen=True):
+    """The largest relative L2 error and the smallest cosine that still count as the same answer."""
+
+    relative_l2: float
+    cosine: float
+
+
+THRESHOLDS = {
+    "fp32": Threshold(1e-3, 0.99999),
+    "tf32": Threshold(1e-2, 0.9999),
+    "fp16": Threshold(2e-2, 0.9995),
+    "autocast_fp16": Threshold(2e-2, 0.9995),
+    "bf16": Threshold(6e-2, 0.998),
+    "autocast_bf16": Threshold(6e-2, 0.998),
+}
+"""By precision. A deep network multiplies one rounding error (2^-11 in fp16, 2^-9 in bf16) by about
+ten to twenty; a wrong kernel is off by far more."""
+
+ROW_FACTOR = 5.0  # one row of many may be this much worse than the whole
+
+
+def compare(name: str, out: Tensor, ref: Tensor, case: str) -> OutputError:
+    """Measure one output against the reference.
+
+    Args:
+        name: the output's name.
+        out: the variant's answer.
+        ref: the reference, same shape, any device.
+        case: the name of the case, kept in the result.
+
+    Returns:
+        The errors; ``INCOMPARABLE`` where shapes, NaNs or infinities do not stand in the same places. For integer and
+        boolean outputs ``relative_l2`` is the share of elements that differ.
+    """
+    if out.shape != ref.shape:
+        return OutputError(name, INCOMPARABLE, -1.0, INCOMPARABLE, None, case)
+    if not ref.is_floating_point():
+        differ = (out != ref.to(out.device)).double().mean().item() if ref.numel() else 0.0
+        return OutputError(name, differ, 1.0 - differ, differ, None, case)
+    a, b = out.detach().double(), ref.to(out.device).double()
+    special = ~(torch.isfinite(a) & torch.isfinite(b))
+    if special.any():
+        same = (a == b) | (a.isnan() & b.isnan())
+        if not same[special].all():
+            return OutputError(name, INCOMPARABLE, -1.0, INCOMPARABLE, None, case)
+        a, b = a.masked_fill(special, 0.0), b.masked_fill(special, 0.0)
+    return OutputError(name, _relative(a, b), _cosine(a, b), _max_abs(a, b), _top1(a, b), case)
+
+
+def worst_row(out: Tensor, ref: Tensor) -> tuple[int, float]:
+    """The row (along dimension 0) with the largest relative error, and that error.
+
+    A row whose norm is under a tenth of the average row's is measured against that tenth.
+    """
+    if out.shape != ref.shape or ref.dim() == 0 or not ref.numel() or not ref.is_floating_point():
+        return 0, 0.0
+    a = out.detach().double().nan_to_num().flatten(1) if ref.dim() > 1 else out.detach().double().nan_to_num()[:, None]
+    b = ref.to(out.device).double().nan_to_num().reshape(a.shape)
+    norms = b.norm(dim=1)
+    errors = (a - b).norm(dim=1) / norms.clamp_min(0.1 * norms.mean().item() + 1e-30)
+    row = int(errors.argmax())
+    return row, float(errors[row])
+
+
+def decisive_flips(out: Tensor, ref: Tensor, tolerance: float) -> int:
+    """Rows of logits whose largest element moved although the reference was clear about it.
+
+    Clear means that the reference's lead is more than twice ``tolerance`` times the row's largest magnitude.
+    """
+    if not looks_like_logits(ref) or out.shape != ref.shape:
+        return 0
+    b = ref.to(out.device).double()
+    top = b.topk(2, dim=1).values
+    clear = (top[:, 0] - top[:, 1]) > 2 * tolerance * b.abs().amax(dim=1)
+    return int((clear & (out.double().argmax(1) != b.argmax(1))).sum())
+
+
+def looks_like_logits(ref: Tensor) -> bool:
+    """True for ``[rows, classes]`` floats with at least two classes."""
+    return ref.dim() == 2 and ref.shape[1] > 1 and ref.is_floating_point()  # noqa: PLR2004
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    norm = float(b.norm())
+    difference = float((a - b).norm())
+    return difference / norm if norm > 0 else (0.0 if difference == 0 else INCOMPARABLE)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    product = float(a.norm()) * float(b.norm())
+    if product == 0:
+        return 1.0 if float(a.norm()) == float(b.norm()) else 0.0
+    return min(1.0, float((a.flatten() @ b.flatten()).item()) / product)
+
+
+def _max_abs(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _top1(a: Tensor, b: Tensor) -> float | None:
+    if not looks_like_logits(b):
+        return None
+    return float((a.argmax(1) == b.argmax(1)).double().mean())

@@ -1,0 +1,125 @@
+"""The original's own answers, computed once per search and kept in files for every candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from onecard.spec import Spec
+from onecard.verify.cases import Case
+from onecard.verify.compare import compare, worst_row
+from onecard.verify.inputs import make_inputs
+
+_INDEX = "reference.json"
+_MAX_CASE_BYTES = 512 << 20  # answers larger than this are kept for a sample of their rows only
+ROW_TOLERANCE = 1e-3
+
+Run = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Reference(msgspec.Struct, frozen=True):
+    """What was found out about the original while its answers were computed.
+
+    Args:
+        cases: the trials, each with its answers in ``<case>.safetensors``.
+        row_invariant: False where the original itself mixes the rows of a batch.
+        fp64_error: relative L2 of fp32 against fp64 on the smallest case, None where fp64 did not run.
+        metric: the original's metric on the user's labelled data, None without.
+        notes: what the user should know (answers that hold NaN, say).
+    """
+
+    cases: tuple[Case, ...]
+    row_invariant: bool = True
+    fp64_error: float | None = None
+    metric: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def compute_reference(
+    run: Run, spec: Spec, cases: list[Case], folder: Path, data: Mapping[str, Tensor] | None, device: str
+) -> Reference:
+    """Run the original on every case and write its answers.
+
+    Args:
+        run: the original in fp32, taking and giving named tensors on ``device``.
+        spec: of the model.
+        cases: what to run.
+        folder: where to write; exists.
+        data: rows of the user's data, if any.
+        device: where ``run`` wants its inputs.
+
+    Returns:
+        What was found; also written to the folder, last, so that its presence means that all is there.
+    """
+    notes: list[str] = []
+    invariant = True
+    for case in cases:
+        inputs = to_device(make_inputs(spec, case.bucket, seed=case.seed, ragged=case.ragged, data=data), device)
+        outputs = run(inputs)
+        for name, out in outputs.items():
+            if out.is_floating_point() and not torch.isfinite(out).all():
+                notes.append(f"the original's own output '{name}' holds NaN or infinity in case {case.name}")
+        invariant = invariant and _rows_alone_agree(run, spec, case, inputs, outputs)
+        _save(folder / f"{case.name}.safetensors", outputs, spec, case)
+    if not invariant:
+        notes.append("the original mixes the rows of a batch, so rows are not tested one by one")
+    reference = Reference(tuple(cases), invariant, None, None, tuple(notes))
+    write_reference(reference, folder)
+    return reference
+
+
+def write_reference(reference: Reference, folder: Path) -> None:
+    """Write the index of a reference folder."""
+    (folder / _INDEX).write_bytes(msgspec.json.encode(reference))
+
+
+def read_reference(folder: Path) -> Reference:
+    """Read what :func:`compute_reference` found."""
+    return msgspec.json.decode((folder / _INDEX).read_bytes(), type=Reference)
+
+
+def read_answers(folder: Path, case: Case) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The original's answers to one case, on the CPU, and the rows they are of (None: all)."""
+    tensors = load_file(folder / f"{case.name}.safetensors")
+    rows = tensors.pop("rows", None)
+    return {name.removeprefix("out."): tensor for name, tensor in tensors.items()}, rows
+
+
+def to_device(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
+    """Copies of named tensors on a device (the same tensors where they are there already)."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def one_row(inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    """A batch of one row of these inputs."""
+    return {name: tensor[row : row + 1].contiguous() for name, tensor in inputs.items()}
+
+
+def _rows_alone_agree(run: Run, spec: Spec, case: Case, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> bool:
+    batch = spec.batch_symbol
+    if batch is None or case.bucket[batch] == 1 or spec.symbols[batch].low > 1:
+        return True
+    row = case.bucket[batch] - 1
+    alone = run(one_row(inputs, row))
+    return all(
+        compare(name, alone[name], out[row : row + 1], case.name).relative_l2 <= ROW_TOLERANCE
+        or worst_row(alone[name], out[row : row + 1])[1] <= ROW_TOLERANCE
+        for name, out in outputs.items()
+    )
+
+
+def _save(path: Path, outputs: Mapping[str, Tensor], spec: Spec, case: Case) -> None:
+    kept = {f"out.{name}": out.detach().cpu() for name, out in outputs.items()}
+    total = sum(t.nbytes for t in kept.values())
+    batch = spec.batch_symbol
+    if total > _MAX_CASE_BYTES and batch is not None:
+        count = max(2, case.bucket[batch] * _MAX_CASE_BYTES // total)
+        rows = torch.linspace(0, case.bucket[batch] - 1, count).round().long().unique()
+        kept = {name: tensor[rows] for name, tensor in kept.items()}
+        kept["rows"] = rows
+    save_file({name: tensor.contiguous().clone() for name, tensor in kept.items()}, path)
