@@ -101,3 +101,17 @@ class InterruptedSearch(OnecardError):
 
     exit_code = 130
     http_status = 499
+
+
+class Unsupported(Exception):
+    """A backend's or transform's honest no to this model: becomes a row ``unsupported``.
+
+    Args:
+        detail: what could not be done, short.
+        cure: what would make it possible, if anything.
+    """
+
+    def __init__(self, detail: str, cure: str = "") -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.cure = cure

@@ -133,8 +133,9 @@ class Spec(msgspec.Struct, frozen=True):
                     )
         for symbol, size in found.items():
             if size not in self.symbols[symbol]:
+                rng = self.symbols[symbol]
                 raise SpecError(
-                    f"{symbol}={size} is outside the range {symbol}={self.symbols[symbol]} this model was prepared for.",
+                    f"{symbol}={size} is outside the range {symbol}={rng} this model was prepared for.",
                     f"Optimise again with a wider range in --input ({self}).",
                 )
         return found

@@ -18,20 +18,6 @@ if TYPE_CHECKING:
 Tensors = dict[str, "Tensor"]
 
 
-class Unsupported(Exception):
-    """A backend's or transform's honest no to this model: becomes a row ``unsupported``.
-
-    Args:
-        detail: what could not be done, short.
-        cure: what would make it possible, if anything.
-    """
-
-    def __init__(self, detail: str, cure: str = "") -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.cure = cure
-
-
 @dataclass(frozen=True)
 class Target:
     """What an artifact is built for, and all that loading it may need.

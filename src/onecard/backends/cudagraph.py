@@ -7,15 +7,17 @@ buffers; a call copies the inputs in, replays, and hands out copies, so that no 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-from onecard.backends.base import Backend, Runner, Target, Tensors, Unsupported
+from onecard.backends.base import Backend, Runner, Target, Tensors
+from onecard.errors import Unsupported
 from onecard.evidence import Verdict
+from onecard.inputs import make_inputs
 from onecard.models.flat import FlatModule
-from onecard.verify.inputs import make_inputs
 
 INNER = ("eager", "inductor", "torchscript")
 _WARMUP_CALLS = 3  # before capture: lazy initialisation and library autotuning must not be recorded
@@ -46,7 +48,7 @@ class CudaGraphRunner:
         example = make_inputs(target.spec, target.bucket or {})
         self._inputs = {name: tensor.to(target.device) for name, tensor in example.items()}
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(target.device)
+        stream = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(target.device))
         with torch.inference_mode():
             with torch.cuda.stream(stream):
@@ -68,10 +70,10 @@ class CudaGraphRunner:
         self._inner.close()
 
 
-_pools: dict[str, tuple[int, int]] = {}
+_pools: dict[str, Any] = {}
 
 
-def _pool(device: str) -> tuple[int, int]:
+def _pool(device: str) -> Any:
     """One memory pool for all graphs of a device: they never run at the same time, so they may share it."""
     if device not in _pools:
         _pools[device] = torch.cuda.graph_pool_handle()

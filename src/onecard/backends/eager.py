@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from onecard.backends.base import Runner, Target, Tensors
 from onecard.backends.export import export_program
 from onecard.evidence import Verdict
-from onecard.models.exported import load_exported, save_exported
+from onecard.inputs import make_inputs
+from onecard.models.exported import flat_program, load_exported, save_exported
 from onecard.models.flat import FlatModule
 from onecard.models.model import Origin
 from onecard.models.source import load_source
 from onecard.transforms import apply_transforms
-from onecard.verify.inputs import make_inputs
 
 _NOTE = "eager.json"
 _PROGRAM = "program.pt2"
@@ -55,7 +55,7 @@ class EagerBackend:
     def load(self, folder: Path, target: Target) -> Runner:
         note = msgspec.json.decode((folder / _NOTE).read_bytes(), type=_Note)
         if note.road == "program":
-            return EagerRunner(load_exported(folder / _PROGRAM).module().to(target.device), target)
+            return EagerRunner(flat_program(load_exported(folder / _PROGRAM)).to(target.device), target)
         module = load_source(target.source).flat.to(target.device)
         bucket = target.bucket if target.bucket is not None else target.spec.smallest()
         example = {name: t.to(target.device) for name, t in make_inputs(target.spec, bucket).items()}

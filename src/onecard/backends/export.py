@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from onecard.backends.base import Target, Tensors, Unsupported
+from onecard.backends.base import Target, Tensors
+from onecard.errors import Unsupported
 from onecard.models.flat import FlatModule
 from onecard.models.wording import first_line
 from onecard.spec import Bucket, Spec, bucket_label

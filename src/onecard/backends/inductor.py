@@ -24,17 +24,19 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
 from torch import Tensor, fx
 
-from onecard.backends.base import Runner, Target, Tensors, Unsupported
-from onecard.backends.export import export_program, first_line
+from onecard.backends.base import Runner, Target, Tensors
+from onecard.backends.export import export_program
 from onecard.backends.tensors import Stored, TensorStore
+from onecard.errors import Unsupported
 from onecard.evidence import Verdict
 from onecard.models.flat import FlatModule
+from onecard.models.wording import first_line
 from onecard.transforms.precision import precision_scope
 
 _CODE, _PLAN, _KERNELS = "graph.py", "graph.json", "kernels"
@@ -141,8 +143,8 @@ class _Captured:
         sizes = {
             str(size.node.expr): (name, axis)
             for name, tensor in zip(names, tensors, strict=True)
-            for axis, size in enumerate(tensor.shape)
-            if isinstance(size, torch.SymInt)
+            for axis, size in enumerate(cast(tuple[Any, ...], tensor.shape))
+            if hasattr(size, "node")
         }
         order = iter(names)
         return tuple(next(order) if isinstance(p, Tensor) else sizes[str(p.node.expr)] for p in self._placeholders)
@@ -255,7 +257,7 @@ def _digest(source: str) -> str:
 
 def _first_call(runner: _CompiledGraph, target: Target) -> None:
     """Call once while the kernel cache is in place: Triton loads its launchers at the first call."""
-    from onecard.verify.inputs import make_inputs
+    from onecard.inputs import make_inputs
 
     bucket = target.bucket if target.bucket is not None else target.spec.smallest()
     inputs = make_inputs(target.spec, bucket)
@@ -271,7 +273,7 @@ def _load_constant(constant: _Constant, store: TensorStore, target: Target) -> T
         raise ValueError(f"unknown packing operator {constant.pack}")
     key = (constant.pack, constant.tensor.key, str(constant.arguments))
     if key not in target.memo:
-        pack = functools.reduce(getattr, constant.pack.split("."), torch.ops)
+        pack: Any = functools.reduce(getattr, constant.pack.split("."), torch.ops)
         target.memo[key] = pack(tensor, *constant.arguments)
     packed: Tensor = target.memo[key]
     return packed
@@ -329,6 +331,6 @@ def _plain(value: Any) -> Any:
     """An operator's argument as JSON data: tensors stay, symbolic sizes become their hints."""
     if isinstance(value, Tensor | None | bool | float | str):
         return value
-    if isinstance(value, torch.SymInt):
+    if hasattr(value, "node"):
         return value.node.hint
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else int(value)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from onecard.backends.base import Target, Tensors, Unsupported
+from onecard.backends.base import Target, Tensors
 from onecard.backends.export import dynamic_symbols, export_program, onnx_file, quiet_export
-from onecard.errors import UsageError
+from onecard.errors import Unsupported, UsageError
 from onecard.evidence import Verdict
 from onecard.models.flat import FlatModule
 from onecard.models.wording import first_line

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from onecard.backends.base import Target, Tensors, Unsupported
+from onecard.backends.base import Target, Tensors
 from onecard.backends.export import dynamic_symbols, export_program, quiet_export
+from onecard.errors import Unsupported
 from onecard.evidence import Verdict
 from onecard.models.flat import FlatModule
 from onecard.models.wording import first_line

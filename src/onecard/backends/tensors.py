@@ -47,7 +47,7 @@ class TensorStore:
         else:
             contiguous = tensor.detach().contiguous()
             flat, stride = contiguous.reshape(-1).cpu(), tuple(contiguous.stride())
-        digest = hashlib.sha256(flat.contiguous().view(torch.uint8).numpy()) if flat.numel() else hashlib.sha256()
+        digest = hashlib.sha256(flat.contiguous().view(torch.uint8).numpy().data if flat.numel() else b"")
         key = f"{digest.hexdigest()[:32]}-{str(tensor.dtype).removeprefix('torch.')}-{flat.numel()}"
         if key not in self._where:
             self._new.setdefault(key, flat.clone())

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.backends.base import Target, Tensors, Unsupported
+from onecard.backends.base import Target, Tensors
 from onecard.backends.export import example_args, is_bare
-from onecard.errors import UsageError
+from onecard.errors import Unsupported, UsageError
 from onecard.evidence import Verdict
 from onecard.models.flat import FlatModule, named_leaves
 from onecard.models.wording import first_line

@@ -19,7 +19,7 @@ class MemoryWatch:
         self.device = device
         self._outside_before = 0
         if device != "cpu":
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             self._outside_before = self._outside()

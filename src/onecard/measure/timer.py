@@ -138,7 +138,7 @@ class Stopwatch:
                 self.run(self._take())
             self.period_ms.append((time.perf_counter_ns() - start) / 1e6 / calls)
             return
-        begin, finish = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start = time.perf_counter_ns()
         begin.record()
         for _ in range(calls):

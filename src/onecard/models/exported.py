@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from onecard.backends.base import Unsupported
-from onecard.errors import BundleError, ModelError, OnecardError
+from onecard.errors import BundleError, ModelError, OnecardError, Unsupported
 from onecard.models.flat import FlatModule
 from onecard.models.probe import probe_sizes, sample_inputs, spec_at
 from onecard.models.program import input_values, symbolic_shape

@@ -15,8 +15,7 @@ from types import ModuleType
 import msgspec
 from torch import nn
 
-from onecard.backends.base import Unsupported
-from onecard.errors import BundleError, ModelError
+from onecard.errors import BundleError, ModelError, Unsupported
 from onecard.models.assemble import make_still
 from onecard.models.exported import export_flat, flat_program, load_exported, save_exported
 from onecard.models.flat import CallPlan, FlatModule, positional

@@ -67,7 +67,7 @@ def duration_s(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"  # noqa: PLR2004
     whole = round(seconds)
     if whole < _HOUR_S:
-        return f"{whole // 60} min {whole % 60:02d} s"
+        return f"{whole // 60} min" + (f" {whole % 60:02d} s" if whole % 60 else "")
     return f"{whole // _HOUR_S} h {whole % _HOUR_S // 60:02d} min"
 
 

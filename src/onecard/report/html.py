@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from html import escape
 from importlib import resources
@@ -18,6 +19,9 @@ from onecard.report.about import card_table, environment_table, how_to_load, sea
 from onecard.report.advice import advice
 from onecard.report.table import bucket_class, candidates_table, code, steps_table
 from onecard.spec import Bucket
+
+_UNIT = re.compile(r"(?<=\d) (?=(?:ms|µs|s|rows/s)\b|%)")
+"""The space between a number and its unit, where no line should break."""
 
 
 def write_report(evidence: Evidence, path: Path) -> None:
@@ -87,6 +91,7 @@ def _section(title: str, content: str, lead: str = "") -> str:
 def _header(evidence: Evidence) -> str:
     marks = {"text": "{}", "code": "<code>{}</code>", "number": "<strong>{}</strong>"}
     sentence = "".join(marks[kind].format(escape(fmt.clean(text))) for kind, text in figures.outcome(evidence))
+    sentence = _UNIT.sub("&nbsp;", sentence)
     card = evidence.environment.card
     facts = [f"<b>{escape(fmt.clean(evidence.model))}</b>"]
     if evidence.params:

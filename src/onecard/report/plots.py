@@ -121,7 +121,7 @@ def _marks(points: Sequence[Point], x: svg.Scale, y: svg.Scale, kept: Sequence[s
     """The marks, large below small, and their labels, the important ones first and none in a ``kept`` box."""
     labels = svg.Labels(svg.Box(_AREA.left, _AREA.top - 6, _AREA.right, _AREA.bottom - 1), list(kept))
     drawn = []
-    for point in sorted(points, key=lambda p: -p.radius):
+    for point in sorted(points, key=lambda p: (p.kind == "chosen", -p.radius)):
         px, py = x(point.x), y(point.y)
         labels.mark(px, py, _reach(point))
         drawn.append(_mark(point, px, py))
@@ -227,7 +227,7 @@ def errors_by_output(evidence: Evidence) -> str:
 
 def _error_row(candidate: Candidate, outputs: Sequence[str], top: float, scale: svg.Scale) -> list[str]:
     kind = "ok" if candidate.verdict.ok else "wrong" if candidate.verdict.reason == "wrong" else "slower"
-    sign = "" if kind == "ok" else f"  {figures.LABELS[candidate.verdict.reason][1]}"
+    sign = "" if kind == "ok" else f" · {figures.LABELS[candidate.verdict.reason][1]}"
     parts = [svg.text(14, top + 11, fmt.shorten(fmt.clean(candidate.id), 60) + sign, f"l row {kind}")]
     middle = top + 20
     parts.append(svg.line((scale.start, middle), (scale.end, middle), "rule"))

@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-CHARACTER = 6.4
+CHARACTER = 7.0
 """Width that one character of an 11 px label takes at most, in user units."""
 LINE = 13.0
 """Height of one such line."""
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_PLAIN_DECADES = range(-2, 6)
+_PLAIN = (1e-3, 1e6)
+"""Axes within these bounds are labelled with plain numbers, others with powers of ten throughout."""
 _FEW_DECADES = 2.2
 _ONE_DECADE = 0.9
 _MANY_DECADES = 7
@@ -96,17 +97,18 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
         return _linear_ticks(low, high)
     mantissas = (1, 2, 5) if span < _FEW_DECADES else (1,)
     every = 1 if span < _MANY_DECADES else 2
+    plain = low >= min(_PLAIN) and high <= max(_PLAIN)
     marks = []
     for exponent in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
         for mantissa in mantissas:
             value = mantissa * 10.0**exponent
             if low <= value <= high and exponent % every == 0:
-                marks.append((value, _log_label(mantissa, exponent)))
+                marks.append((value, _log_label(mantissa, exponent, plain)))
     return marks
 
 
-def _log_label(mantissa: int, exponent: int) -> str:
-    if exponent in _PLAIN_DECADES:
+def _log_label(mantissa: int, exponent: int, plain: bool) -> str:
+    if plain:
         return f"{mantissa * 10.0**exponent:,.{max(0, -exponent)}f}"
     power = f"10{str(exponent).translate(_SUPERSCRIPTS)}"
     return power if mantissa == 1 else f"{mantissa}·{power}"
@@ -204,7 +206,9 @@ class Labels:
             if box.inside(self.area) and not any(box.overlap(other) for other in self.taken):
                 self.taken.append(box)
                 leader = self._leader(at, box) if abs(dx) + abs(dy) > _NEAR else ""
-                return leader + text(left, middle + 4, content, class_)
+                # Anchored on the side of its mark, so that a font of another width grows away from it.
+                anchor, start = ("start", left) if dx > 0 else ("end", box.right) if dx < 0 else ("middle", x)
+                return leader + text(start, middle + 4, content, class_, anchor)
         return ""
 
     @staticmethod

@@ -16,6 +16,7 @@ import psutil
 from onecard.evidence import Verdict
 
 _POLL_S = 0.1
+ON_CALL = "ONECARD_WORKER_ON_CALL"
 _LOG_TAIL = 4000
 _SIGNAL_CURES = {
     "SIGSEGV": "The engine itself crashed on this model; other candidates are not affected. Try its newest version.",
@@ -27,7 +28,17 @@ _SIGNAL_CURES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One worker process to run: its arguments, its log, and how long it may take."""
+    """One worker process to run.
+
+    Args:
+        name: of the candidate.
+        arguments: the worker's role and what follows.
+        log: where its output is appended.
+        limit_s: how long it may take, counted from :meth:`Supervisor.call` for one that is on call.
+        stage: a file in which it says what it is doing.
+        threads: compiler processes it may use, 0 for all cores.
+        on_call: start it now, so that it imports what it needs, but let it wait for :meth:`Supervisor.call`.
+    """
 
     name: str
     arguments: tuple[str, ...]
@@ -35,10 +46,20 @@ class Task:
     limit_s: float
     stage: Path | None = None
     threads: int = 0
+    on_call: bool = False
 
     @property
     def command(self) -> list[str]:
         return [sys.executable, "-m", "onecard.search.worker", *self.arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        added = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if self.threads:
+            added["TORCHINDUCTOR_COMPILE_THREADS"] = str(self.threads)
+        if self.on_call:
+            added[ON_CALL] = "1"
+        return {**os.environ, **added}
 
 
 @dataclass
@@ -74,25 +95,35 @@ class Supervisor:
     def __init__(self, memory_bytes: int) -> None:
         self.memory_bytes = memory_bytes
         self.running: list[Running] = []
+        self.waiting: list[Running] = []
 
-    def start(self, task: Task) -> None:
+    def start(self, task: Task) -> Running:
         """Start a worker in a process group of its own, its output going to the task's log."""
         task.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if task.threads:
-            environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(task.threads)
         with task.log.open("ab") as log:
             log.write(f"$ {' '.join(task.command)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 task.command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if task.on_call else subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=task.environment,
                 start_new_session=True,
             )
-        self.running.append(Running(task, process))
+        item = Running(task, process)
+        (self.waiting if task.on_call else self.running).append(item)
+        return item
+
+    def call(self, item: Running) -> None:
+        """Let a worker that is on call begin; its time counts from now."""
+        self.waiting.remove(item)
+        item.started = time.monotonic()
+        if item.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                item.process.stdin.write(b"go\n")
+                item.process.stdin.close()
+        self.running.append(item)
 
     def wait(self) -> list[Running]:
         """Wait one polling interval, enforce the limits, and return what has ended since."""
@@ -108,9 +139,10 @@ class Supervisor:
 
     def kill_all(self) -> None:
         """End every worker and its children at once."""
-        for item in self.running:
+        for item in (*self.running, *self.waiting):
             _kill(item.process)
         self.running.clear()
+        self.waiting.clear()
 
     def _enforce(self, item: Running) -> None:
         if item.seconds > item.task.limit_s:

@@ -140,15 +140,15 @@ def _cuda_recipes(traits: Traits) -> list[Recipe]:
     recipes = [
         Recipe("eager", "", half),
         Recipe("cudagraph", "inductor", half, static=True),
-        Recipe("cudagraph", "eager", half, static=True),
         Recipe("inductor", "", half, static=True),
+        Recipe("cudagraph", "eager", half, static=True),
         Recipe("torchscript", "trace", half),
         Recipe("cudagraph", "inductor", (*layout, *fold, "bf16"), static=True),
         Recipe("eager", "", ("autocast_fp16",)),
         Recipe("onnxruntime", "cuda", ("fp16",)),
         Recipe("onnxruntime", "tensorrt", ("fp16",)),
         Recipe("tensorrt", "", ("fp16",)),
-        Recipe("aoti", "", half, static=True),
+        Recipe("aoti", "", half),
     ]
     if traits.tf32:
         recipes += [

@@ -238,16 +238,14 @@ class Search:
                 if self._build([recipe], 1):
                     self._run(recipe)
         else:
-            for recipe in self._build(waiting, builders):
-                if self._out_of_time():
-                    return
-                self._run(recipe)
+            self._run_in_turn(self._build(waiting, builders))
 
     def _build(self, recipes: Sequence[Recipe], builders: int) -> list[Recipe]:
         """Build several candidates, and return those that can be run."""
         self.phase = "building"
-        queue = [r for r in recipes if not self._is_built(r)]
         built = [r for r in recipes if self._is_built(r)]
+        queue = [r for r in recipes if r not in built and _artifact_of(r) not in recipes]
+        copies = [r for r in recipes if r not in built and r not in queue]
         while queue or self._supervisor.running:
             while queue and len(self._supervisor.running) < builders and not self._out_of_time():
                 self._supervisor.start(self._task("build", queue.pop(0), max(1, self.environment.cores // builders)))
@@ -264,26 +262,61 @@ class Search:
                 else:
                     write(place.result, RunResult(verdict, limit_s=self.options.candidate_time_limit_s))
                     self._known(recipe)
+        for recipe in copies:
+            if self._copy(recipe):
+                built.append(recipe)
         order = {r.id: i for i, r in enumerate(recipes)}
         return sorted(built, key=lambda r: order[r.id])
 
-    def _run(self, recipe: Recipe) -> None:
+    def _copy(self, recipe: Recipe) -> bool:
+        """Give a recipe the artifact of the recipe that it shares it with; a failure is shared too."""
+        place, source = self.folder.candidate(recipe), self.folder.candidate(_artifact_of(recipe) or recipe)
+        if not source.build.exists():
+            return False
+        build = read(source.build, BuildResult)
+        if build.verdict.ok:
+            shutil.rmtree(place.variant, ignore_errors=True)
+            shutil.copytree(source.variant, place.variant)
+            write(place.build, build)
+            return True
+        write(place.result, RunResult(build.verdict, limit_s=self.options.candidate_time_limit_s))
+        self._known(recipe)
+        return False
+
+    def _run_in_turn(self, recipes: Sequence[Recipe]) -> None:
+        """Run candidates one at a time; while one is measured, the next already imports what it needs."""
+        on_call: Running | None = None
+        for index, recipe in enumerate(recipes):
+            if self._out_of_time():
+                break
+            following = recipes[index + 1] if index + 1 < len(recipes) else None
+            current, on_call = on_call, None
+            if following is not None:
+                on_call = self._supervisor.start(self._task("run", following, 0, on_call=True))
+            self._run(recipe, current)
+        if on_call is not None:
+            self._supervisor.kill_all()
+
+    def _run(self, recipe: Recipe, on_call: Running | None = None) -> None:
         self.phase = "verifying and timing"
         task = self._task("run", recipe, 0)
-        self._supervisor.start(task)
+        if on_call is None:
+            self._supervisor.start(task)
+        else:
+            self._supervisor.call(on_call)
         (ended,) = self._until_one_ends()
         place = self.folder.candidate(recipe)
         if not place.result.exists():
             write(place.result, RunResult(verdict_of_exit(ended), limit_s=task.limit_s))
         self._known(recipe)
 
-    def _task(self, role: str, recipe: Recipe, threads: int) -> Task:
+    def _task(self, role: str, recipe: Recipe, threads: int, on_call: bool = False) -> Task:
         place = self.folder.candidate(recipe)
-        arguments = (role, str(self.folder.root), recipe.id)
+        arguments: tuple[str, ...] = (role, str(self.folder.root), recipe.id)
         limit = self.options.candidate_time_limit_s
         if role == "run":
             arguments = (*arguments, str(limit))
-        return Task(recipe.id, arguments, place.log, limit, place.stage, threads)
+        return Task(recipe.id, arguments, place.log, limit, place.stage, threads, on_call)
 
     def _until_one_ends(self) -> list[Running]:
         while True:
@@ -396,6 +429,13 @@ class Search:
             pareto=choice.pareto,
             notes=(*notes, *choice.notes),
         )
+
+
+def _artifact_of(recipe: Recipe) -> Recipe | None:
+    """The recipe whose artifact is the very same: a CUDA graph is captured when its inner backend is loaded."""
+    if recipe.backend != "cudagraph":
+        return None
+    return msgspec.structs.replace(recipe, backend=recipe.mode, mode="")
 
 
 def _settled(candidate: Candidate, evidence: Evidence, chosen: str) -> Candidate:

@@ -7,7 +7,9 @@ reproduces what the search did. What goes wrong is written as a verdict; only a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import math
 import os
 import shutil
@@ -23,16 +25,17 @@ import torch
 from torch import Tensor
 
 from onecard.backends import get_backend
-from onecard.backends.base import Unsupported
 from onecard.bundle.variant import VariantRunner, artifact_targets, load_variant
-from onecard.errors import DataError, MissingDependencyError
+from onecard.errors import DataError, MissingDependencyError, Unsupported
 from onecard.evidence import Measurement, Metric, Timing, Verdict
+from onecard.inputs import make_inputs
 from onecard.measure.card import CardSampler
 from onecard.measure.memory import MemoryWatch
 from onecard.measure.timer import Effort, Stopwatch, measure, no_garbage_collection, rotation
-from onecard.models.source import load_source
+from onecard.models.source import load_source, read_source
 from onecard.recipe import Recipe
 from onecard.search.job import BuildResult, CandidateFolder, Job, JobFolder, PlayoffResult, RunResult, write
+from onecard.search.processes import ON_CALL
 from onecard.search.recipes import parse_recipe
 from onecard.spec import Bucket
 from onecard.transforms import apply_transforms
@@ -41,7 +44,6 @@ from onecard.verify.cases import Case, make_cases
 from onecard.verify.compare import compare
 from onecard.verify.data import Dataset, batches, load_data
 from onecard.verify.gate import Gate
-from onecard.verify.inputs import make_inputs
 from onecard.verify.metrics import get_metric
 from onecard.verify.reference import Run, compute_reference, read_reference, to_device, write_reference
 
@@ -53,6 +55,9 @@ def main(arguments: list[str]) -> int:
     """Entry of a worker process; see the module's docstring."""
     role, folder, *recipes = arguments
     _die_with_parent()
+    if ON_CALL in os.environ:
+        _preload(JobFolder(Path(folder)), recipes[0])
+        sys.stdin.readline()  # the search says when the machine is ours
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the search's to handle
     job = JobFolder(Path(folder))
     if role == "reference":
@@ -338,6 +343,19 @@ def _size(place: CandidateFolder, folder: JobFolder) -> int:
 def _stage(place: CandidateFolder, text: str) -> None:
     """Tell the search what is going on; it looks now and then."""
     place.stage.write_text(text)
+
+
+def _preload(folder: JobFolder, recipe_id: str) -> None:
+    """Import what the run will need, so that the wait for its turn is not wasted."""
+    recipe = parse_recipe(recipe_id)
+    get_backend(recipe.backend)
+    wanted = {"hf": "transformers", "torchvision": "torchvision", "timm": "timm"}
+    modules = [wanted.get(read_source(folder.source).origin.kind, "")]
+    if "inductor" in (recipe.backend, recipe.mode):
+        modules.append("torch._inductor.async_compile")
+    for name in filter(None, modules):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _die_with_parent() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from onecard.backends.base import Unsupported
+from onecard.errors import Unsupported
 from onecard.models.flat import FlatModule
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from onecard.inputs import is_mask
 from onecard.spec import Bucket, Spec, bucket_label
-from onecard.verify.inputs import is_mask
 
 
 class Case(msgspec.Struct, frozen=True):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from onecard.evidence import INCOMPARABLE, OutputError, Verdict
+from onecard.inputs import make_inputs
 from onecard.spec import Spec
 from onecard.verify.cases import Case
 from onecard.verify.compare import ROW_FACTOR, Threshold, compare, decisive_flips, worst_row
-from onecard.verify.inputs import make_inputs
 from onecard.verify.reference import Reference, Run, one_row, read_answers, to_device
 
 _WRONG_CURE = "Nothing to do: the variant is left out. --threshold loosens the gate if such an error is acceptable."

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from onecard.inputs import make_inputs
 from onecard.spec import Spec
 from onecard.verify.cases import Case
 from onecard.verify.compare import compare, worst_row
-from onecard.verify.inputs import make_inputs
 
 _INDEX = "reference.json"
 _MAX_CASE_BYTES = 512 << 20  # answers larger than this are kept for a sample of their rows only
@@ -119,7 +119,8 @@ def _save(path: Path, outputs: Mapping[str, Tensor], spec: Spec, case: Case) -> 
     batch = spec.batch_symbol
     if total > _MAX_CASE_BYTES and batch is not None:
         count = max(2, case.bucket[batch] * _MAX_CASE_BYTES // total)
-        rows = torch.linspace(0, case.bucket[batch] - 1, count).round().long().unique()
+        rows = torch.linspace(0, case.bucket[batch] - 1, count).round().long()
+        rows = torch.unique(rows)
         kept = {name: tensor[rows] for name, tensor in kept.items()}
         kept["rows"] = rows
     save_file({name: tensor.contiguous().clone() for name, tensor in kept.items()}, path)

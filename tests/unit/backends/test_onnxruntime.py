@@ -15,6 +15,7 @@ from small_models import (
 
 from onecard.backends import get_backend
 from onecard.models.flat import FlatModule, positional
+from onecard.models.onnx_module import OnnxModule
 from onecard.recipe import Recipe
 from onecard.spec import TensorSpec, parse_spec
 
@@ -43,12 +44,20 @@ def test_an_onnx_file_is_copied(tmp_path):
     target = target_for(Recipe("onnxruntime", "cpu"), spec, tmp_path)
     build(module, target, tmp_path / "first", B=2)
 
-    class FromFile(torch.nn.Module):
-        path = tmp_path / "first" / "model.onnx"
-
-    build(FlatModule(FromFile(), positional(("image",))), target, tmp_path / "second", B=2)
-    assert (tmp_path / "second" / "model.onnx").read_bytes() == FromFile.path.read_bytes()
+    file = tmp_path / "first" / "model.onnx"
+    build(FlatModule(OnnxModule(file), positional(("image",))), target, tmp_path / "second", B=2)
+    assert (tmp_path / "second" / "model.onnx").read_bytes() == file.read_bytes()
     assert_right(module, target, tmp_path / "second", [{"B": 3}])
+
+
+def test_openvino_takes_an_onnx_file_by_its_names(tmp_path):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    module, spec = encoder()
+    build(module, target_for(Recipe("onnxruntime", "cpu"), spec, tmp_path), tmp_path / "first", B=2, S=8)
+    original = OnnxModule(tmp_path / "first" / "model.onnx")
+    target = target_for(Recipe("openvino"), spec, tmp_path)
+    build(FlatModule(original, positional(original.input_names)), target, tmp_path / "second", B=2, S=8)
+    assert_right(module, target, tmp_path / "second", [{"B": 1, "S": 1}, {"B": 3, "S": 7}])
 
 
 def test_an_output_whose_size_no_symbol_names(tmp_path):

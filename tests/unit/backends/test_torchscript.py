@@ -3,8 +3,7 @@ import torch
 from small_models import MODELS, assert_right, assert_right_elsewhere, build, cnn, encoder, sizes_of, target_for
 
 from onecard.backends import get_backend
-from onecard.backends.base import Unsupported
-from onecard.errors import UsageError
+from onecard.errors import Unsupported, UsageError
 from onecard.recipe import Recipe
 
 

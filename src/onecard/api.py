@@ -1,0 +1,153 @@
+"""The Python face: :func:`optimize` makes a bundle, :func:`load` runs one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onecard.errors import UsageError
+from onecard.evidence import Evidence
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from onecard.bundle.open import Bundle
+    from onecard.models.model import Model
+    from onecard.search.search import Observer, Options
+
+
+def optimize(  # noqa: PLR0913 - the keywords are the interface
+    model: str | nn.Module,
+    example_inputs: Any = None,
+    *,
+    inputs: Sequence[str] = (),
+    weights: str | Path | None = None,
+    output: str | Path | None = None,
+    data: str | None = None,
+    device: str = "auto",
+    observe: Observer | None = None,
+    **options: Any,
+) -> Bundle:
+    """Try every way to run a model on this machine, prove and measure each, and write the best as a bundle.
+
+    Args:
+        model: a module, or a reference such as ``torchvision:resnet50`` or ``file.py:callable``.
+        example_inputs: one tensor, a tuple of positional arguments, or a dict of keyword arguments, to derive
+            the inputs from; not needed with ``inputs`` or where the model says itself what it takes.
+        inputs: the inputs as text: ``image: float32[B,3,224,224], B=1..64``.
+        weights: a ``.safetensors`` or ``.pt`` state dict for a model built by reference.
+        output: the bundle's folder; by default the model's name with ``.onecard`` in the current folder.
+        data: labelled data: a file or ``module:callable``; with ``metric=`` it decides what counts as right.
+        device: ``auto``, ``cpu``, ``cuda:0`` ...
+        observe: called with a :class:`onecard.search.search.Progress` several times a second.
+        **options: fields of :class:`onecard.search.search.Options` (objective, batches, recipes ...).
+
+    Returns:
+        The bundle, loaded back from its folder and self-tested.
+
+    Raises:
+        OnecardError: see :mod:`onecard.errors` for the tree.
+    """
+    args, kwargs = _split_examples(example_inputs)
+    prepared, search_options = prepare(
+        model,
+        device=device,
+        inputs=inputs,
+        weights=Path(weights) if weights else None,
+        example_args=args,
+        example_kwargs=kwargs,
+        options=options,
+    )
+    out, _ = make_bundle(prepared, search_options, output=output, data=data, observe=observe)
+    return load(out, device=search_options.device)
+
+
+def load(path: str | Path, device: str = "auto") -> Bundle:
+    """Open a bundle; see :func:`onecard.bundle.open.load_bundle` for what is checked and raised.
+
+    Args:
+        path: the bundle's folder.
+        device: ``auto``, ``cpu``, ``cuda:0`` ...
+
+    Returns:
+        A callable: ``bundle(image=array)["output"]``.
+    """
+    from onecard.bundle.open import load_bundle
+
+    return load_bundle(path, device)
+
+
+def prepare(  # noqa: PLR0913 - keywords only
+    reference: str | nn.Module,
+    *,
+    device: str,
+    inputs: Sequence[str] = (),
+    weights: Path | None = None,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Model, Options]:
+    """Load a model and settle the options of its search, in that order of cheapness: options first."""
+    from onecard.environment import resolve_device
+    from onecard.models.load import load_model
+    from onecard.search.search import Options
+
+    known = set(Options.__dataclass_fields__) - {"device"}
+    for name in options or {}:
+        if name not in known:
+            raise UsageError(f"unknown option '{name}': expected one of {', '.join(sorted(known))}.")
+    settled = Options(device=resolve_device(device), **(options or {}))
+    model = load_model(
+        reference, inputs=inputs, weights=weights, example_args=example_args, example_kwargs=example_kwargs
+    )
+    return model, settled
+
+
+def make_bundle(
+    model: Model,
+    options: Options,
+    *,
+    output: str | Path | None = None,
+    data: str | None = None,
+    observe: Callable[..., None] | None = None,
+    command: str = "",
+) -> tuple[Path, Evidence]:
+    """Search and write the bundle; what the command line and :func:`optimize` share.
+
+    Returns:
+        The bundle's folder and all that was found.
+    """
+    import msgspec
+
+    from onecard.bundle.write import check_writable
+    from onecard.publish import publish
+    from onecard.search.search import Search
+    from onecard.verify.data import load_data
+    from onecard.verify.metrics import get_metric
+
+    out = Path(output) if output else Path(f"{_slug(model.name)}.onecard")
+    check_writable(out.absolute())
+    if options.metric:
+        get_metric(options.metric)
+        if data is None:
+            raise UsageError(f"--metric {options.metric} needs labelled data.", "Pass it with --data.")
+    rows = load_data(data, model.spec) if data else None
+    if options.metric and rows is not None and rows.labels is None:
+        raise UsageError(f"--metric {options.metric} needs labels, and {data} holds none.", "Add an array 'label'.")
+    search = Search(model, options, rows, observe)
+    evidence = msgspec.structs.replace(search.run(), command=command)
+    return publish(out, evidence, search.folder), evidence
+
+
+def _split_examples(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example is None:
+        return (), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, list | tuple) else ((example,), {})
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.\-]+", "-", name).strip("-.") or "model"

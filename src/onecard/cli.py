@@ -1,0 +1,235 @@
+"""The command line: ``onecard optimize | run | inspect | report | doctor``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from onecard.errors import InterruptedSearch, OnecardError, UsageError
+from onecard.units import parse_duration, parse_size
+
+app = typer.Typer(
+    name="onecard",
+    help="The fastest verified way to run a PyTorch model on one card.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_MODEL_HELP = (
+    "file.py:callable, package.module:callable, torchvision:NAME, timm:NAME, hf:DIR_OR_ID, or a .pt, .pt2 or .onnx file"
+)
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+
+@app.command()
+def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="An input: 'image: float32[B,3,224,224], B=1..64'. Repeat it.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="State dict: .safetensors, .pt or .pth.")] = None,
+    data: Annotated[str | None, typer.Option(help="Labelled data: .npz, .safetensors or module:callable.")] = None,
+    metric: Annotated[str, typer.Option(help="accuracy, top5, f1, recall@5 ..., or module:callable.")] = "",
+    objective: Annotated[str, typer.Option(help="latency, throughput, memory or size.")] = "latency",
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to build for and time. Repeat it.")] = None,
+    max_latency_p99: Annotated[str | None, typer.Option(help="No slower than this: 5ms.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="No more memory than this: 2GiB.")] = None,
+    max_drop: Annotated[float, typer.Option(help="How far the metric may fall.")] = 0.01,
+    threshold: Annotated[
+        list[str] | None, typer.Option(help="Largest relative error by precision: bf16=0.1. Repeat it.")
+    ] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Try only recipes that match this glob. Repeat it.")] = None,
+    time_limit: Annotated[str, typer.Option(help="After it nothing new is tried.")] = "30m",
+    candidate_time_limit: Annotated[str, typer.Option(help="For building, and again for running, one.")] = "5m",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what earlier searches found.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The bundle's folder.")] = None,
+) -> None:
+    """Try every way to run MODEL here, prove and measure each, and write the best as a bundle."""
+    options: dict[str, Any] = {
+        "objective": objective,
+        "batches": tuple(batch or ()),
+        "max_latency_p99_ms": parse_duration(max_latency_p99) * 1000 if max_latency_p99 else None,
+        "max_memory_bytes": parse_size(max_memory) if max_memory else None,
+        "max_drop": max_drop,
+        "recipes": tuple(recipe or ()),
+        "time_limit_s": parse_duration(time_limit),
+        "candidate_time_limit_s": parse_duration(candidate_time_limit),
+        "metric": _absolute(metric),
+        "fresh": fresh,
+        "thresholds": _thresholds(threshold or []),
+    }
+    from onecard.api import make_bundle, prepare
+    from onecard.live import LiveView
+    from onecard.report.console import print_table
+
+    _err.print(f"Loading [bold]{escape(model)}[/] ...")
+    loaded, settled = prepare(model, device=device, inputs=inputs or (), weights=weights, options=options)
+    _err.print(f"Inputs: {escape(str(loaded.spec))}")
+    with LiveView(_err) as view:
+        command = shlex.join(["onecard", *sys.argv[1:]])
+        out, evidence = make_bundle(loaded, settled, output=output, data=data, observe=view.update, command=command)
+    print_table(evidence, _out)
+    _out.print(
+        f"\nBundle: [bold]{escape(str(out))}[/]\nReport: [bold]{escape(str(out / 'report.html'))}[/]", soft_wrap=True
+    )
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A folder that 'onecard optimize' wrote.")],
+    inputs: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Arrays named like the inputs: .npz or .safetensors.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the outputs: .npz or .safetensors.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+) -> None:
+    """Answer one file of inputs."""
+    from onecard.api import load
+    from onecard.arrays import check_output, describe_arrays, read_arrays, write_arrays
+
+    if output is not None:
+        check_output(output)
+    arrays = read_arrays(inputs)
+    outputs = load(bundle, device)(**arrays)
+    if output is not None:
+        write_arrays(output, outputs)
+        _out.print(f"Wrote {escape(str(output))}", soft_wrap=True)
+    for line in describe_arrays(outputs):
+        _out.print(escape(line))
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A folder that 'onecard optimize' wrote.")],
+    json: Annotated[bool, typer.Option("--json", help="The whole manifest as JSON.")] = False,
+) -> None:
+    """Show what a bundle holds, and whether its files are whole."""
+    from onecard.bundle.files import damaged
+    from onecard.bundle.manifest import read_manifest
+    from onecard.listing import print_manifest
+
+    manifest = read_manifest(bundle)
+    broken = damaged(bundle.absolute(), manifest.files.items())
+    if json:
+        sys.stdout.write((bundle / "onecard.json").read_text())
+    else:
+        print_manifest(manifest, _out)
+    for name, what in broken.items():
+        _err.print(f"[bold red]damaged[/] {escape(name)} {escape(what)}", soft_wrap=True)
+    if broken:
+        raise typer.Exit(6)
+
+
+@app.command()
+def report(
+    bundle: Annotated[Path, typer.Argument(help="A folder that 'onecard optimize' wrote.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the page.")] = None,
+) -> None:
+    """Write the evidence of a bundle as a page, and name it."""
+    from onecard.bundle.evidence_file import read_evidence
+    from onecard.report.html import write_report
+
+    evidence = read_evidence(bundle)
+    page = output or Path(f"{bundle.absolute().name.removesuffix('.onecard')}-report.html")
+    try:
+        write_report(evidence, page)
+    except OSError as error:
+        raise UsageError(f"{page} cannot be written: {error.strerror}.", "Choose another place with -o.") from error
+    _out.print(str(page.absolute()), soft_wrap=True, markup=False)
+
+
+@app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
+) -> None:
+    """Check this machine: driver, CUDA, torch, compilers and engines against each other."""
+    from onecard.doctor import diagnose, exit_code
+    from onecard.evidence import to_json
+
+    findings = diagnose(device)
+    if json:
+        sys.stdout.write(to_json(findings).decode() + "\n")
+    else:
+        from onecard.listing import print_findings
+
+        print_findings([(f.area, f.level, f.what, f.cure) for f in findings], _out)
+    raise typer.Exit(exit_code(findings))
+
+
+def _thresholds(texts: list[str]) -> dict[str, float]:
+    from onecard.recipe import PRECISIONS
+
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise UsageError(f"cannot read --threshold '{text}':", "write it like bf16=0.1.") from None
+        if name not in PRECISIONS:
+            raise UsageError(f"unknown precision '{name}': expected one of {', '.join(PRECISIONS)}.")
+    return found
+
+
+def _absolute(reference: str) -> str:
+    """A ``file.py:callable`` whose file is found from any folder, for the workers."""
+    path, colon, name = reference.rpartition(":")
+    return f"{Path(path).absolute()}:{name}" if colon and path.endswith(".py") else reference
+
+
+def _fail(error: OnecardError) -> int:
+    _err.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    if error.cure:
+        _err.print(f"       {escape(error.cure)}", soft_wrap=True)
+    return error.exit_code
+
+
+def _crash(error: Exception) -> int:
+    """An error nobody foresaw: keep the traceback in a file, and tell the user where."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="onecard-", suffix=".log", delete=False) as log:
+        log.write(f"$ {shlex.join(sys.argv)}\n")
+        traceback.print_exception(error, file=log)
+    _err.print(f"[bold red]internal error:[/] {type(error).__name__}: {escape(str(error))[:300]}", soft_wrap=True)
+    _err.print(f"       Please report it with {log.name}.", soft_wrap=True)
+    return 1
+
+
+def main() -> None:
+    """Entry point: every error ends in one message and the exit code of :mod:`onecard.errors`."""
+    import warnings
+
+    from onecard.live import show_warning
+
+    warnings.showwarning = show_warning
+    code = 0
+    try:
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except OnecardError as error:
+        code = _fail(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail(InterruptedSearch("stopped; nothing was written.", "Finished candidates are kept: run it again."))
+    except BrokenPipeError:
+        code = 1
+    except Exception as error:
+        show = getattr(error, "show", None)  # a usage error of the option parser shows itself
+        if show is not None:
+            show()
+            code = int(getattr(error, "exit_code", 2))
+        else:
+            code = _crash(error)
+    sys.exit(code)

@@ -1,0 +1,147 @@
+"""From a finished search to a bundle: which variants ship, the golden answers, the evidence and its page."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from onecard import __version__
+from onecard.bundle.files import describe
+from onecard.bundle.manifest import (
+    EVIDENCE,
+    FORMAT_VERSION,
+    GOLDEN,
+    MANIFEST,
+    REPORT,
+    SOURCE,
+    VARIANTS,
+    Manifest,
+    VariantEntry,
+    encode_manifest,
+)
+from onecard.bundle.write import new_bundle
+from onecard.errors import StorageError
+from onecard.evidence import Candidate, Evidence, Measurement, Timing, to_json
+from onecard.inputs import make_inputs
+from onecard.recipe import ORIGINAL
+from onecard.report.html import write_report
+from onecard.search.job import Job, JobFolder
+from onecard.verify.cases import Case
+from onecard.verify.compare import Threshold
+from onecard.verify.data import load_data
+from onecard.verify.reference import read_answers, read_reference
+
+_LIVE_PICKLE = "live.pkl"
+
+
+def publish(out: Path, evidence: Evidence, folder: JobFolder) -> Path:
+    """Write a bundle from a finished search.
+
+    Args:
+        out: the folder to make; an older bundle there is replaced, anything else is left alone.
+        evidence: the outcome of the search.
+        folder: the search's folder: the original, its answers and the candidates' artifacts.
+
+    Returns:
+        ``out``, absolute.
+
+    Raises:
+        StorageError: the folder cannot be written, the disk is full, or something else lies there.
+    """
+    out = out.absolute()
+    with new_bundle(out) as aside:
+        kept = kept_variants(evidence)
+        shutil.copytree(folder.source, aside / SOURCE, ignore=shutil.ignore_patterns(_LIVE_PICKLE))
+        for candidate in kept:
+            shutil.copytree(folder.candidate(candidate.recipe).variant, aside / VARIANTS / candidate.id)
+        job = folder.read_job()
+        case = _write_golden(folder, job, aside / GOLDEN)
+        (aside / EVIDENCE).write_bytes(to_json(evidence))
+        write_report(evidence, aside / REPORT)
+        manifest = _manifest(aside, evidence, kept, job.thresholds, case)
+        (aside / MANIFEST).write_bytes(encode_manifest(manifest))
+    return out
+
+
+def kept_variants(evidence: Evidence) -> list[Candidate]:
+    """The variants worth their room: each bucket's best, the best of another engine, and the original."""
+    names: list[str] = [evidence.chosen]
+    names += [rank.variants[0] for rank in evidence.ranks if rank.variants]
+    engine = next((c.recipe.backend for c in evidence.candidates if c.id == evidence.chosen), "")
+    for rank in evidence.ranks[:1]:
+        others = (evidence.candidate(v) for v in rank.variants if v != ORIGINAL.id)
+        names += [c.id for c in others if c is not None and c.recipe.backend != engine][:1]
+    names.append(ORIGINAL.id)
+    found = (evidence.candidate(name) for name in dict.fromkeys(names))
+    return [c for c in found if c is not None]
+
+
+def _write_golden(folder: JobFolder, job: Job, path: Path) -> Case:
+    """The smallest case whose answers are whole: its inputs and the original's answers."""
+    reference = read_reference(folder.reference)
+    data = load_data(str(folder.data), job.spec).inputs if folder.data.exists() else None
+    for case in reference.cases:
+        answers, rows = read_answers(folder.reference, case)
+        if rows is None:
+            inputs = make_inputs(job.spec, case.bucket, seed=case.seed, ragged=case.ragged, data=data)
+            named = {f"in.{k}": v for k, v in inputs.items()} | {f"out.{k}": v for k, v in answers.items()}
+            save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
+            return case
+    raise StorageError("the original's answers are too large for a self-test.", "Optimise for smaller sizes too.")
+
+
+def _manifest(
+    folder: Path, evidence: Evidence, kept: Sequence[Candidate], thresholds: dict[str, Threshold], case: Case
+) -> Manifest:
+    ids = {c.id for c in kept}
+    ranks = tuple(
+        type(rank)(rank.bucket, tuple(v for v in rank.variants if v in ids), rank.speedup, rank.noise)
+        for rank in evidence.ranks
+    )
+    variants = tuple(
+        VariantEntry(
+            c.recipe,
+            thresholds[c.recipe.precision],
+            _summary(c.measurement),
+            needs_source=_needs_source(folder / VARIANTS / c.id),
+        )
+        for c in kept
+    )
+    files = {p.relative_to(folder).as_posix(): describe(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return Manifest(
+        "",
+        FORMAT_VERSION,
+        __version__,
+        evidence.model,
+        evidence.spec,
+        evidence.buckets,
+        evidence.objective,
+        evidence.chosen,
+        ranks,
+        variants,
+        evidence.environment,
+        case,
+        files,
+    )
+
+
+def _summary(measurement: Measurement) -> Measurement:
+    """The measurement without its raw samples, which stand in ``evidence.json``: just the median of each."""
+    timings = tuple(
+        Timing(t.bucket, (round(t.median_ms, 5),), (), (), t.rows, t.first_call_ms) for t in measurement.timings
+    )
+    return Measurement(
+        timings,
+        measurement.build_s,
+        measurement.load_s,
+        measurement.peak_device_bytes,
+        measurement.peak_process_bytes,
+        measurement.size_bytes,
+    )
+
+
+def _needs_source(variant: Path) -> bool:
+    return any(b'"source"' in note.read_bytes() for note in variant.rglob("eager.json"))
