@@ -1,6 +1,6 @@
 """Searches of well-known models on a card: the original, every candidate's verdict and time, and the choice.
 
-    python benchmarks/card_models.py --out benchmarks/results/nvidia-h200 [--models resnet50 ...] [--batches 1 8 32 128]
+    python benchmarks/card_models.py --out benchmarks/results/nvidia-h200 --models resnet50 --batches 1 8 32 128
 
 Weights are random with the libraries' own initialisation, from a fixed seed. Each model's whole evidence goes to ``<model>.json``, the table to
 ``card_models.md``. Run it again after an interruption: finished models and candidates are kept.

@@ -6,6 +6,7 @@ buffers; a call copies the inputs in, replays, and hands out copies, so that no 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from onecard.errors import Unsupported
 from onecard.evidence import Verdict
 from onecard.inputs import make_inputs
 from onecard.models.flat import FlatModule
+from onecard.models.wording import first_line
 
 INNER = ("eager", "inductor", "torchscript")
 _WARMUP_CALLS = 3  # before capture: lazy initialisation and library autotuning must not be recorded
@@ -55,8 +57,16 @@ class CudaGraphRunner:
                 for _ in range(_WARMUP_CALLS):
                     inner(self._inputs)
             torch.cuda.current_stream(target.device).wait_stream(stream)
-            with torch.cuda.graph(self._graph, pool=_pool(target.device)):
-                self._outputs: dict[str, Tensor] = inner(self._inputs)
+            try:
+                with torch.cuda.graph(self._graph, pool=_pool(target.device)):
+                    self._outputs: dict[str, Tensor] = inner(self._inputs)
+            except RuntimeError as error:
+                if "captur" not in str(error):
+                    raise
+                raise Unsupported(
+                    "the model does something that a CUDA graph cannot record (it waits for the card, or allocates "
+                    f"outside of PyTorch): {first_line(error)}"
+                ) from error
 
     def __call__(self, inputs: Tensors) -> Tensors:
         for name, buffer in self._inputs.items():
@@ -82,7 +92,7 @@ def _pool(device: str) -> Any:
 
 def _inner_target(target: Target) -> Target:
     recipe = msgspec.structs.replace(target.recipe, backend=target.recipe.mode, mode="")
-    return Target(recipe, target.spec, target.device, target.bucket, target.source, target.shared, target.work)
+    return dataclasses.replace(target, recipe=recipe)
 
 
 def _inner(target: Target) -> Backend:

@@ -25,6 +25,7 @@ from onecard.transforms import apply_transforms
 
 _NOTE = "eager.json"
 _PROGRAM = "program.pt2"
+_MODULE = "eager module"
 
 
 class _Note(msgspec.Struct, frozen=True):
@@ -56,10 +57,12 @@ class EagerBackend:
         note = msgspec.json.decode((folder / _NOTE).read_bytes(), type=_Note)
         if note.road == "program":
             return EagerRunner(flat_program(load_exported(folder / _PROGRAM)).to(target.device), target)
-        module = load_source(target.source).flat.to(target.device)
-        bucket = target.bucket if target.bucket is not None else target.spec.smallest()
-        example = {name: t.to(target.device) for name, t in make_inputs(target.spec, bucket).items()}
-        return EagerRunner(apply_transforms(module, target.recipe.transforms, example), target)
+        if _MODULE not in target.memo:  # the buckets of one variant share one module
+            module = load_source(target.source).flat.to(target.device)
+            bucket = target.bucket if target.bucket is not None else target.spec.smallest()
+            example = {name: t.to(target.device) for name, t in make_inputs(target.spec, bucket).items()}
+            target.memo[_MODULE] = apply_transforms(module, target.recipe.transforms, example)
+        return EagerRunner(target.memo[_MODULE], target)
 
 
 class EagerRunner:

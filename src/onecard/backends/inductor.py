@@ -119,18 +119,23 @@ class _CompiledGraph:
         self._call = None
 
 
+_Packing = tuple[Tensor, str, tuple[Any, ...]]
+"""A packed weight, the operator that packed it, and that operator's arguments."""
+
+
 class _Captured:
     """What inductor made of one graph, caught on its way from the compiler."""
 
-    def __init__(
-        self, graph: fx.GraphModule, compiled: Any, packs: dict[int, tuple[Tensor, str, tuple[Any, ...]]]
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, compiled: Any, call: Any, packs: dict[int, _Packing]) -> None:
         self.code: str = compiled.source_code
-        self.call = compiled.current_callable
+        self.call = call
         self._placeholders = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
         self._packs = packs
         scope = getattr(self.call, "__func__", self.call).__globals__
         self.constants: dict[str, Tensor] = {k: v for k, v in scope.items() if isinstance(v, Tensor)}
+        missing = set(compiled.frozen_param_names or ()) - set(self.constants)
+        if missing:
+            raise Unsupported(f"TorchInductor keeps {len(missing)} weights where they cannot be read")
 
     def arguments(self, target: Target) -> tuple[str | tuple[str, int], ...]:
         """Which input, or which size of which input, each argument of the generated code is."""
@@ -167,14 +172,15 @@ def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured
     """
     from torch._inductor import compile_fx, config, constant_folding, standalone_compile
 
-    graphs: list[tuple[fx.GraphModule, Any]] = []
-    packs: dict[int, tuple[Tensor, str, tuple[Any, ...]]] = {}
+    graphs: list[tuple[fx.GraphModule, Any, Any]] = []
+    packs: dict[int, _Packing] = {}
     generate = compile_fx.fx_codegen_and_compile
     deduce = constant_folding.ConstantFolder._deduce_value
 
     def catch(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         compiled = generate(gm, *args, **kwargs)
-        graphs.append((gm, compiled))
+        # The callable as it is now: later it is wrapped to realign inputs, which hides its module.
+        graphs.append((gm, compiled, compiled.current_callable))
         return compiled
 
     def note_packing(self: Any, node: fx.Node) -> Any:

@@ -7,6 +7,7 @@ larger than the largest are split along the batch; both along symbols of the spe
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def artifact_targets(
 ) -> Iterator[tuple[Path, Target]]:
     """Every artifact that a variant consists of: its folder and its target."""
     memo: dict[Any, Any] = {}
-    for bucket in buckets if recipe.static else [None]:
+    # The largest first: what it frees, the smaller ones find room in.
+    ordered = sorted(buckets, key=lambda b: -math.prod(b.values())) if recipe.static else [None]
+    for bucket in ordered:
         label = DYNAMIC if bucket is None else bucket_label(bucket)
         yield folder / label, Target(recipe, spec, device, bucket, source, folder / "shared", memo=memo)
 
