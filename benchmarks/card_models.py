@@ -2,8 +2,8 @@
 
     python benchmarks/card_models.py --out benchmarks/results/nvidia-h200 --models resnet50 --batches 1 8 32 128
 
-Weights are random with the libraries' own initialisation, from a fixed seed. Each model's whole evidence goes to ``<model>.json``, the table to
-``card_models.md``. Run it again after an interruption: finished models and candidates are kept.
+Weights are random, with the libraries' own initialisation and a fixed seed. Each model's whole evidence goes to
+``<model>.json``, its table to ``<model>.md``. After an interruption run it again: finished candidates are kept.
 """
 
 from __future__ import annotations

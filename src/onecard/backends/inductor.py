@@ -178,7 +178,7 @@ def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured
     deduce = constant_folding.ConstantFolder._deduce_value
 
     def catch(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        compiled = generate(gm, *args, **kwargs)
+        compiled: Any = generate(gm, *args, **kwargs)
         # The callable as it is now: later it is wrapped to realign inputs, which hides its module.
         graphs.append((gm, compiled, compiled.current_callable))
         return compiled
