@@ -24,7 +24,8 @@ app = typer.Typer(
 _MODEL_HELP = (
     "file.py:callable, package.module:callable, torchvision:NAME, timm:NAME, hf:DIR_OR_ID, or a .pt, .pt2 or .onnx file"
 )
-_out = Console(highlight=False)
+_PIPE_WIDTH = 120
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 _err = Console(stderr=True, highlight=False)
 
 
@@ -76,7 +77,7 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
     with LiveView(_err) as view:
         command = shlex.join(["onecard", *sys.argv[1:]])
         out, evidence = make_bundle(loaded, settled, output=output, data=data, observe=view.update, command=command)
-    print_table(evidence, _out)
+    print_table(evidence, _out, out)
     _out.print(
         f"\nBundle: [bold]{escape(str(out))}[/]\nReport: [bold]{escape(str(out / 'report.html'))}[/]", soft_wrap=True
     )

@@ -30,7 +30,7 @@ class LiveView:
         self._console = console
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._seen: set[str] = set()
-        self._phase = ""
+        self._phases: set[str] = set()
 
     def __enter__(self) -> LiveView:
         if self._live:
@@ -49,8 +49,8 @@ class LiveView:
             if name not in self._seen:
                 self._seen.add(name)
                 self._console.print(_line(candidate, progress), soft_wrap=True)
-        if progress.phase != self._phase and self._live is None:
-            self._phase = progress.phase
+        if progress.phase not in self._phases and self._live is None:
+            self._phases.add(progress.phase)
             self._console.print(f"{progress.phase} ...")
         if self._live:
             self._live.update(_panel(progress))
