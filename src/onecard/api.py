@@ -121,7 +121,8 @@ def make_bundle(
     """
     import msgspec
 
-    from onecard.bundle.write import check_writable
+    from onecard.bundle.write import check_writable, explained_storage
+    from onecard.host import cache_folder
     from onecard.publish import publish
     from onecard.search.search import Search
     from onecard.verify.data import load_data
@@ -136,8 +137,9 @@ def make_bundle(
     rows = load_data(data, model.spec) if data else None
     if options.metric and rows is not None and rows.labels is None:
         raise UsageError(f"--metric {options.metric} needs labels, and {data} holds none.", "Add an array 'label'.")
-    search = Search(model, options, rows, observe)
-    evidence = msgspec.structs.replace(search.run(), command=command)
+    with explained_storage(cache_folder(), "Free some space or set ONECARD_CACHE to another folder."):
+        search = Search(model, options, rows, observe)
+        evidence = msgspec.structs.replace(search.run(), command=command)
     return publish(out, evidence, search.folder), evidence
 
 

@@ -78,9 +78,6 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
         command = shlex.join(["onecard", *sys.argv[1:]])
         out, evidence = make_bundle(loaded, settled, output=output, data=data, observe=view.update, command=command)
     print_table(evidence, _out, out)
-    _out.print(
-        f"\nBundle: [bold]{escape(str(out))}[/]\nReport: [bold]{escape(str(out / 'report.html'))}[/]", soft_wrap=True
-    )
 
 
 @app.command()
@@ -201,10 +198,13 @@ def _crash(error: Exception) -> int:
     import tempfile
     import traceback
 
-    with tempfile.NamedTemporaryFile("w", prefix="onecard-", suffix=".log", delete=False) as log:
-        log.write(f"$ {shlex.join(sys.argv)}\n")
-        traceback.print_exception(error, file=log)
     _err.print(f"[bold red]internal error:[/] {type(error).__name__}: {escape(str(error))[:300]}", soft_wrap=True)
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="onecard-", suffix=".log", delete=False) as log:
+            log.write(f"$ {shlex.join(sys.argv)}\n")
+            traceback.print_exception(error, file=log)
+    except OSError:
+        return 1  # nowhere to keep it either
     _err.print(f"       Please report it with {log.name}.", soft_wrap=True)
     return 1
 
@@ -223,7 +223,7 @@ def main() -> None:
     except OnecardError as error:
         code = _fail(error)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail(InterruptedSearch("stopped; nothing was written.", "Finished candidates are kept: run it again."))
+        code = _fail(InterruptedSearch("stopped; nothing was written.", "What is done is kept: run it again."))
     except BrokenPipeError:
         code = 1
     except Exception as error:

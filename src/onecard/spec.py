@@ -176,14 +176,17 @@ def parse_tensor(text: str) -> tuple[TensorSpec, dict[str, Range]]:
         low, high = int(found["low"]), int(found["high"] or found["low"])
         if low < 1 or high < low:
             raise SpecError(f"the range '{part.strip()}' in '{text}' must satisfy 1 <= low <= high.")
-        ranges[found["name"]] = Range(low, high)
+        if ranges.setdefault(found["name"], Range(low, high)) != Range(low, high):
+            raise SpecError(f"{found['name']} has two ranges in '{text}'.")
     values = Range(int(match["low"]), int(match["high"])) if match["low"] else None
+    if values is not None and values.high < values.low:
+        raise SpecError(f"the values 'in {values}' in '{text}' must satisfy low <= high.")
     return TensorSpec(match["name"], dtype, shape, values), ranges
 
 
 def _parse_dim(part: str, text: str) -> Dim:
     part = part.strip()
-    if part.isdigit() and int(part) > 0:
+    if part.isdecimal() and int(part) > 0:
         return int(part)
     if re.fullmatch(r"[A-Za-z_]\w*", part):
         return part
@@ -276,10 +279,11 @@ def spec_of_outputs(
         other: the same for a second run at sizes that all differ from the first, or None if fixed.
 
     Returns:
-        ``spec`` with outputs; a dimension that follows a symbol in both runs is that symbol.
+        ``spec`` with outputs; a dimension that follows a symbol in both runs is that symbol, one that changes
+        in another way is a symbol of its own, without a range: ``<output>_<axis>``.
 
     Raises:
-        SpecError: an output's size changes with a symbol in a way that no symbol names.
+        SpecError: an output's number of dimensions changes.
     """
     result = []
     for name, (dtype, shape) in outputs.items():

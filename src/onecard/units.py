@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from onecard.errors import UsageError
@@ -42,6 +43,6 @@ def parse_size(text: str) -> int:
 def _parse(text: str, units: dict[str, float] | dict[str, int], bare: str, expected: str) -> float:
     match = _QUANTITY.match(text)
     factor = units.get((match[2] or bare).lower()) if match else None
-    if match is None or factor is None or float(match[1]) <= 0:
+    if match is None or factor is None or not 0 < float(match[1]) < math.inf:
         raise UsageError(f"'{text}' is not {expected}.")
     return float(match[1]) * factor

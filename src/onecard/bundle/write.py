@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from onecard.bundle.manifest import MANIFEST
 from onecard.errors import StorageError
 
@@ -26,11 +28,14 @@ def new_bundle(out: Path) -> Iterator[Path]:
     """
     check_writable(out)
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with _cleaned_up(aside, out):
-        aside.mkdir(parents=True)
-        yield aside
-        _sync(aside)
-        _replace(aside, out)
+    with explained_storage(out):
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+            _sync(aside)
+            _replace(aside, out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_writable(out: Path) -> None:
@@ -39,10 +44,9 @@ def check_writable(out: Path) -> None:
     Raises:
         StorageError: the folder above cannot be written, or something that is no bundle is in the way.
     """
-    out = out.absolute()
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"{out} exists and is no onecard bundle.", "Choose another output with -o, or remove it.")
-    with _cleaned_up(None, out):
+    with explained_storage(out):
+        if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise StorageError(f"{out} exists and is no onecard bundle.", "Choose another with -o, or remove it.")
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.probe")
         probe.mkdir()
@@ -73,20 +77,26 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _cleaned_up(aside: Path | None, out: Path) -> Iterator[None]:
-    """Remove the half-written folder whatever happens, and say in one sentence what the disk refused."""
+def explained_storage(what: Path, cure: str = "Free some space or choose another folder with -o.") -> Iterator[None]:
+    """Say in one sentence what the disk refused, whichever library was writing.
+
+    Args:
+        what: the folder that was to be written.
+        cure: what the user can do.
+
+    Raises:
+        StorageError: in place of an OSError, or of a SafetensorError that stands for one.
+    """
     try:
         yield
-    except OSError as error:
-        raise StorageError(_explain(error, out), "Free some space or choose another folder with -o.") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(_explain(error, what), cure) from error
 
 
-def _explain(error: OSError, out: Path) -> str:
-    if error.errno == errno.ENOSPC:
-        return f"the disk is full: the bundle {out} was not written."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{out.parent} cannot be written ({error.strerror}): the bundle {out.name} was not written."
-    return f"the bundle {out} was not written: {error.strerror or error}."
+def _explain(error: OSError | SafetensorError, out: Path) -> str:
+    number = getattr(error, "errno", None)
+    if number == errno.ENOSPC or "No space left" in str(error):
+        return f"the disk is full: {out} was not written."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{out.parent} cannot be written ({os.strerror(number or 0)}): {out.name} was not made."
+    return f"{out} was not written: {error}."

@@ -164,10 +164,16 @@ def verdict_of_exit(item: Running) -> Verdict:
         return item.verdict
     code = item.process.returncode
     if code < 0:
-        name = signal.Signals(-code).name
+        name = _signal_name(-code)
         stage = f" while {item.stage}" if item.stage else ""
         return Verdict("crashed", f"killed by {name}{stage}", _SIGNAL_CURES.get(name, "See the log."))
     return Verdict("crashed", f"it ended with exit code {code} and no result", "See the log.")
+
+
+def _signal_name(number: int) -> str:
+    with contextlib.suppress(ValueError):  # a real-time signal has no name
+        return signal.Signals(number).name
+    return f"signal {number}"
 
 
 def tail(log: Path) -> str:

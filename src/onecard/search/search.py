@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from onecard.environment import detect
-from onecard.errors import InterruptedSearch, SearchError, StorageError, UsageError
+from onecard.errors import InterruptedSearch, SearchError, UsageError
 from onecard.evidence import Candidate, Evidence, Verdict
 from onecard.host import cache_folder
 from onecard.models.model import Model
@@ -153,8 +153,10 @@ class Search:
         except KeyboardInterrupt:
             self._supervisor.kill_all()
             self.interrupted = True
-            if ORIGINAL.id not in self.done:
-                raise InterruptedSearch("stopped before anything was ready; nothing was written.") from None
+            if ORIGINAL.id not in self.done and not self._known(ORIGINAL):
+                raise InterruptedSearch(
+                    "stopped before anything was ready; nothing was written.", "Run the same command to go on."
+                ) from None
             notes = list(read_reference(self.folder.reference).notes)
         original = self.done[ORIGINAL.id]
         if not original.verdict.ok:
@@ -163,12 +165,17 @@ class Search:
                 original.verdict.cure or f"The log is {original.log}.",
             )
         for recipe in self.recipes:
-            if recipe.id not in self.done:
+            if recipe.id not in self.done and not self._known(recipe):
                 self._skip(recipe)
         try:
             playoff = self._play_off()
         except KeyboardInterrupt:
             self._supervisor.kill_all()
+            if self.interrupted:
+                raise InterruptedSearch(
+                    "stopped; nothing was written.", "What is done is kept: run the same command to go on."
+                ) from None
+            self.interrupted = True
             playoff = PlayoffResult({}, {})
             notes.append("interrupted in the play-off: the choice rests on the candidates' own measurements")
         return self._evidence(playoff, notes)
@@ -191,21 +198,15 @@ class Search:
             self.options.max_drop,
         )
         folder = JobFolder(cache_folder() / "searches" / job_key(self.model, job, _digest(self._data)))
-        try:
-            if self.options.fresh:
-                shutil.rmtree(folder.root, ignore_errors=True)
-            if not folder.job.exists():
-                shutil.rmtree(folder.root, ignore_errors=True)
-                folder.root.mkdir(parents=True, mode=0o700)
-                save_source(self.model, folder.source, live=True)
-                if self._data is not None:
-                    _save_data(self._data, folder)
-                write(folder.job, job)
-        except OSError as error:
-            raise StorageError(
-                f"the search cannot write to its cache {folder.root}: {error.strerror or error}.",
-                "Free some space or set ONECARD_CACHE to another folder.",
-            ) from error
+        if self.options.fresh:
+            shutil.rmtree(folder.root, ignore_errors=True)
+        if not folder.job.exists():
+            shutil.rmtree(folder.root, ignore_errors=True)
+            folder.root.mkdir(parents=True, mode=0o700)
+            save_source(self.model, folder.source, live=True)
+            if self._data is not None:
+                _save_data(self._data, folder)
+            write(folder.job, job)
         return folder
 
     def _reference(self) -> list[str]:

@@ -65,8 +65,9 @@ def worst_row(out: Tensor, ref: Tensor) -> tuple[int, float]:
     """
     if out.shape != ref.shape or ref.dim() == 0 or not ref.numel() or not ref.is_floating_point():
         return 0, 0.0
-    a = out.detach().double().nan_to_num().flatten(1) if ref.dim() > 1 else out.detach().double().nan_to_num()[:, None]
-    b = ref.to(out.device).double().nan_to_num().reshape(a.shape)
+    # Infinities count as nothing, for one would hide the errors of all rows; compare() looks at where they stand.
+    a = out.detach().double().nan_to_num(0.0, 0.0, 0.0).reshape(len(ref), -1)
+    b = ref.to(out.device).double().nan_to_num(0.0, 0.0, 0.0).reshape(a.shape)
     norms = b.norm(dim=1)
     errors = (a - b).norm(dim=1) / norms.clamp_min(0.1 * norms.mean().item() + 1e-30)
     row = int(errors.argmax())

@@ -1,0 +1,71 @@
+"""A recipe's id is its whole name: it can be read back."""
+
+import itertools
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onecard.backends import BACKENDS
+from onecard.errors import UsageError
+from onecard.recipe import ORIGINAL, PRECISIONS, Recipe
+from onecard.search.recipes import Traits, default_recipes, parse_recipe
+from onecard.transforms import TRANSFORMS
+
+RECIPES = st.builds(
+    Recipe,
+    st.sampled_from(list(BACKENDS)),
+    st.sampled_from(["", "cpu", "cuda", "tensorrt", "trace", "script", "inductor", "bf16"]),
+    st.lists(st.sampled_from(list(TRANSFORMS)), max_size=4).map(tuple),
+    st.booleans(),
+)
+
+
+def test_ids():
+    assert ORIGINAL.id == "eager"
+    assert Recipe("inductor", "", ("channels_last", "fp16")).id == "inductor+channels_last+fp16"
+    assert Recipe("cudagraph", "eager", ("tf32",), static=True).id == "cudagraph.eager+tf32@bucket"
+
+
+@given(RECIPES)
+def test_an_id_is_read_back_as_its_recipe(recipe):
+    assert parse_recipe(recipe.id) == recipe
+
+
+def test_every_offered_id_is_read_back():
+    for flags in itertools.product([False, True], repeat=len(Traits.__dataclass_fields__)):
+        for recipe in default_recipes(Traits(*flags)):
+            assert parse_recipe(recipe.id) == recipe
+
+
+@pytest.mark.parametrize("text", ["", "eagre", "eager+bn_fold", "eager@buckets", "eager+", "+fp16", "eager@", ".trace"])
+def test_other_text_is_refused_with_what_there_is(text):
+    if text == "eager@":
+        assert parse_recipe(text) == ORIGINAL  # an empty suffix says nothing
+        return
+    with pytest.raises(UsageError, match=r"no recipe matches.*BACKEND\[\.MODE\].*with backends aoti.*fold_bn"):
+        parse_recipe(text, ["eager"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precision"),
+    [
+        (ORIGINAL, "fp32"),
+        (Recipe("eager", "", ("channels_last", "fp16")), "fp16"),
+        (Recipe("openvino", "bf16"), "bf16"),
+        (Recipe("onnxruntime", "cuda", ("fp16",)), "fp16"),
+        (Recipe("eager", "", ("autocast_bf16",)), "autocast_bf16"),
+    ],
+)
+def test_precision_is_that_of_the_transform_or_the_mode(recipe, precision):
+    assert recipe.precision == precision
+
+
+def test_every_precision_is_a_transform():
+    assert set(PRECISIONS) <= set(TRANSFORMS)
+
+
+def test_recipe_survives_json():
+    recipe = Recipe("cudagraph", "inductor", ("fold_bn", "fp16"), static=True)
+    assert msgspec.json.decode(msgspec.json.encode(recipe), type=Recipe) == recipe
