@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,19 +14,14 @@ from skimage import data
 
 import onecard
 
-HERE = Path(__file__).parent
 BUNDLE = Path("demo/efficientnet-lite0.onecard")
-MODEL = f"{HERE / 'efficientnet_lite0.py'}:model"
+MODEL = f"{Path(__file__).parent / 'efficientnet_lite0.py'}:model"
 INPUT = "image: float32[B,3,224,224], B=1..8"
 
 
 def main() -> None:
-    from onecard.cli import app
-
-    app(
-        ["optimize", MODEL, "--input", INPUT, "--batch", "1", "--batch", "8", "-o", str(BUNDLE)],
-        standalone_mode=False,
-    )
+    command = [sys.executable, "-m", "onecard", "optimize", MODEL, "--input", INPUT]
+    subprocess.run([*command, "--batch", "1", "--batch", "8", "-o", str(BUNDLE)], check=True)
     start = time.perf_counter()
     model = onecard.load(BUNDLE)
     print(f"\nLoaded and self-tested in {time.perf_counter() - start:.1f} s: {model.variants}")
@@ -41,4 +37,4 @@ def _name(label: str | list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

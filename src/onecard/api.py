@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from onecard.bundle.open import Bundle
     from onecard.models.model import Model
-    from onecard.search.search import Observer, Options
+    from onecard.search.options import Observer, Options
 
 
 def optimize(  # noqa: PLR0913 - the keywords are the interface
     model: str | nn.Module,
     example_inputs: Any = None,
     *,
-    inputs: Sequence[str] = (),
+    inputs: str | Sequence[str] = (),
     weights: str | Path | None = None,
     output: str | Path | None = None,
     data: str | None = None,
@@ -41,8 +41,8 @@ def optimize(  # noqa: PLR0913 - the keywords are the interface
         output: the bundle's folder; by default the model's name with ``.onecard`` in the current folder.
         data: labelled data: a file or ``module:callable``; with ``metric=`` it decides what counts as right.
         device: ``auto``, ``cpu``, ``cuda:0`` ...
-        observe: called with a :class:`onecard.search.search.Progress` several times a second.
-        **options: fields of :class:`onecard.search.search.Options` (objective, batches, recipes ...).
+        observe: called with a :class:`onecard.search.options.Progress` several times a second.
+        **options: fields of :class:`onecard.search.options.Options` (objective, batches, recipes ...).
 
     Returns:
         The bundle, loaded back from its folder and self-tested.
@@ -83,7 +83,7 @@ def prepare(  # noqa: PLR0913 - keywords only
     reference: str | nn.Module,
     *,
     device: str,
-    inputs: Sequence[str] = (),
+    inputs: str | Sequence[str] = (),
     weights: Path | None = None,
     example_args: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
@@ -92,13 +92,17 @@ def prepare(  # noqa: PLR0913 - keywords only
     """Load a model and settle the options of its search, in that order of cheapness: options first."""
     from onecard.environment import resolve_device
     from onecard.models.load import load_model
-    from onecard.search.search import Options
+    from onecard.search.options import Options
 
+    inputs = (inputs,) if isinstance(inputs, str) else inputs
+    options = dict(options or {})
+    if isinstance(options.get("recipes"), str):
+        options["recipes"] = (options["recipes"],)
     known = set(Options.__dataclass_fields__) - {"device"}
-    for name in options or {}:
+    for name in options:
         if name not in known:
             raise UsageError(f"unknown option '{name}': expected one of {', '.join(sorted(known))}.")
-    settled = Options(device=resolve_device(device), **(options or {}))
+    settled = Options(device=resolve_device(device), **options)
     model = load_model(
         reference, inputs=inputs, weights=weights, example_args=example_args, example_kwargs=example_kwargs
     )

@@ -31,7 +31,7 @@ def read_arrays(path: Path) -> Arrays:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (SafetensorError, ValueError, zipfile.BadZipFile, OSError, EOFError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}.", "Save the arrays again with numpy.savez.") from error
@@ -59,7 +59,8 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]]) -> N
     aside = path.with_name(f".{path.name}{path.suffix}")
     try:
         if path.suffix == ".safetensors":
-            save_file(dict(arrays), aside)
+            # safetensors writes the memory as it lies, so a view must be laid out in order first.
+            save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, aside)
         else:
             np.savez(aside, **arrays)  # type: ignore[arg-type]
         aside.replace(path)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from onecard.evidence import Candidate
 from onecard.recipe import ORIGINAL
-from onecard.search.search import Progress
+from onecard.search.options import Progress
 
 _STYLES = {"ok": "green", "wrong": "red", "crashed": "red", "timeout": "yellow", "out_of_memory": "yellow"}
 

@@ -27,7 +27,7 @@ from onecard.errors import StorageError
 from onecard.evidence import Candidate, Evidence, Measurement, Timing, to_json
 from onecard.inputs import make_inputs
 from onecard.recipe import ORIGINAL
-from onecard.report.html import write_report
+from onecard.report.html import render
 from onecard.search.job import Job, JobFolder
 from onecard.verify.cases import Case
 from onecard.verify.compare import Threshold
@@ -60,7 +60,7 @@ def publish(out: Path, evidence: Evidence, folder: JobFolder) -> Path:
         job = folder.read_job()
         case = _write_golden(folder, job, aside / GOLDEN)
         (aside / EVIDENCE).write_bytes(to_json(evidence))
-        write_report(evidence, aside / REPORT)
+        (aside / REPORT).write_text(render(evidence, out.name), encoding="utf-8")
         manifest = _manifest(aside, evidence, kept, job.thresholds, case)
         (aside / MANIFEST).write_bytes(encode_manifest(manifest))
     return out

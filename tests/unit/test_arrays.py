@@ -82,7 +82,7 @@ def test_outputs_are_checked_before_the_work(tmp_path):
 def test_a_file_that_cannot_be_written_leaves_nothing(suffix, tmp_path):
     path = tmp_path / f"arrays{suffix}"
     path.mkdir()  # a folder is in the way of the rename
-    with pytest.raises(StorageError, match="cannot be written.*another place with -o"):
+    with pytest.raises(StorageError, match=r"cannot be written.*another place with -o"):
         write_arrays(path, ARRAYS)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 

@@ -20,14 +20,14 @@ from onecard.models.flat import FlatModule
 from onecard.models.wording import first_line
 from onecard.spec import TensorSpec
 
-PRECISION_OF_MODE = {"": "f32", "bf16": "bf16", "f16": "f16"}
+PRECISION_OF_MODE = {"": "f32", "bf16": "bf16", "fp16": "f16"}
 """What each mode computes in. Forced, because OpenVINO takes bf16 by itself where the CPU has it."""
 _FILE = "model.xml"
 _TELEMETRY = "openvino_telemetry"
 
 
 class OpenVinoBackend:
-    """fp32 by default; the modes ``bf16`` and ``f16`` take the same fp32 model and compute in less."""
+    """fp32 by default; the modes ``bf16`` and ``fp16`` take the same fp32 model and compute in less."""
 
     def available(self, target: Target) -> Verdict | None:
         _precision(target)
@@ -80,7 +80,7 @@ class OpenVinoRunner:
 def _precision(target: Target) -> str:
     mode = target.recipe.mode
     if mode not in PRECISION_OF_MODE:
-        raise UsageError(f"unknown mode '{mode}' of openvino: expected nothing, bf16 or f16.")
+        raise UsageError(f"unknown mode '{mode}' of openvino: expected nothing, bf16 or fp16.")
     return PRECISION_OF_MODE[mode]
 
 

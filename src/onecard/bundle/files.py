@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from onecard.bundle.manifest import FileEntry
@@ -20,6 +20,13 @@ def describe(path: Path) -> FileEntry:
             digest.update(chunk)
             size += len(chunk)
     return FileEntry(size, digest.hexdigest())
+
+
+def unlisted(folder: Path, files: Container[str], roots: Iterable[str]) -> dict[str, str]:
+    """Files under some folders of a bundle that the manifest does not know, which an engine might pick up."""
+    found = (path for root in roots for path in (folder / root).rglob("*") if path.is_file() or path.is_symlink())
+    names = (path.relative_to(folder).as_posix() for path in found)
+    return {name: "is not listed in onecard.json" for name in names if name not in files}
 
 
 def damaged(folder: Path, files: Iterable[tuple[str, FileEntry]]) -> dict[str, str]:

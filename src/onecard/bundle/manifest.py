@@ -25,6 +25,7 @@ SOURCE = "source"
 VARIANTS = "variants"
 
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_JSON_BYTES = 512 << 20
 MAX_FILES = 10_000
 MAX_FILE_BYTES = 256 << 30
 
@@ -134,7 +135,8 @@ def _check_names(manifest: Manifest, path: Path) -> None:
         if parts.is_absolute() or ".." in parts.parts or "\\" in name or not name:
             raise BundleError(f"{path} names the file '{name}' outside of the bundle.", "Do not trust this bundle.")
     for name, entry in manifest.files.items():
-        if not 0 <= entry.size <= MAX_FILE_BYTES:
+        limit = MAX_JSON_BYTES if name.endswith((".json", ".html", ".py")) else MAX_FILE_BYTES
+        if not 0 <= entry.size <= limit:
             raise BundleError(f"{path} gives '{name}' a size of {entry.size} bytes.", "Do not trust this bundle.")
     for rank in manifest.ranks:
         for name in rank.variants:

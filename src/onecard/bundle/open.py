@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onecard.bundle.files import damaged
-from onecard.bundle.manifest import GOLDEN, SOURCE, Manifest, VariantEntry, read_manifest
+from onecard.bundle.files import damaged, unlisted
+from onecard.bundle.manifest import GOLDEN, SOURCE, VARIANTS, Manifest, VariantEntry, read_manifest
 from onecard.bundle.variant import VariantRunner, load_variant
 from onecard.environment import Environment, detect, differences, resolve_device
 from onecard.errors import BundleError, NoVariantError, SpecError
@@ -30,7 +30,7 @@ from onecard.verify.compare import compare
 
 _PROBE_LIMIT_S = 180.0
 _NATIVE_CODE = ("inductor", "aoti")  # compiled for one instruction set; the other engines choose when they load
-_ELSEWHERE = ("torch", "card", "cpu", "cuda", "triton", "python", "driver")
+_HARMLESS = ("cores", "threads", "main memory", "card memory", "numpy", "onecard")
 
 
 class OnecardWarning(UserWarning):
@@ -146,7 +146,9 @@ def load_bundle(path: str | Path, device: str = "auto", *, check_files: bool = T
     folder = Path(path).absolute()
     manifest = read_manifest(folder)
     place = _device_for(manifest, device)
-    broken = damaged(folder, manifest.files.items()) if check_files else {}
+    broken = unlisted(folder, manifest.files, (SOURCE, VARIANTS))
+    if check_files:
+        broken |= damaged(folder, manifest.files.items())
     skipped = _broken_variants(folder, manifest, broken)
     here = detect(place)
     golden = _golden(folder)
@@ -248,7 +250,7 @@ def _unfit(manifest: Manifest, entry: VariantEntry, here: Environment) -> str:
 
 def _probe(folder: Path, manifest: Manifest, recipe_id: str, here: Environment) -> str:
     """Where the machine or the software changed, first try a variant in a process that may crash."""
-    changed = [d for d in differences(manifest.environment, here) if d.split()[0].lower() in _ELSEWHERE]
+    changed = [d for d in differences(manifest.environment, here) if not d.startswith(_HARMLESS)]
     if not changed:
         return ""
     command = [sys.executable, "-m", "onecard.bundle.probe", str(folder), recipe_id, here.device]

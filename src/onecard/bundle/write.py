@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,9 @@ from safetensors import SafetensorError
 
 from onecard.bundle.manifest import MANIFEST
 from onecard.errors import StorageError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
@@ -54,9 +59,11 @@ def check_writable(out: Path) -> None:
 
 
 def _replace(aside: Path, out: Path) -> None:
-    """Rename the new bundle into place; an older one moves out of the way first and is then removed."""
+    """Put the new bundle in the place of an older one: exchanged at once where the system can, else by renaming."""
     if not out.exists():
         aside.rename(out)
+        return
+    if _exchange(aside, out):  # what lies aside now is the old one, and is cleaned up with it
         return
     old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.old")
     out.rename(old)
@@ -66,6 +73,14 @@ def _replace(aside: Path, out: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one step with Linux' renameat2(2); False where there is no such call."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
 
 
 def _sync(folder: Path) -> None:

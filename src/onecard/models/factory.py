@@ -48,7 +48,7 @@ def load(reference: str, request: Request) -> Model:
         files["factory.py"] = Path(place)
         digest = hashlib.sha256(Path(place).read_bytes()).hexdigest()
         reference = f"{Path(place).name}:{name}"
-    return assemble(name, module, Origin("factory", reference, digest), request, files=files)
+    return assemble(reference, module, Origin("factory", reference, digest), request, files=files)
 
 
 def import_place(place: str) -> ModuleType:

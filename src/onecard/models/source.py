@@ -21,6 +21,7 @@ from onecard.models.exported import export_flat, flat_program, load_exported, sa
 from onecard.models.flat import CallPlan, FlatModule, positional
 from onecard.models.model import Model, Origin
 from onecard.models.weights import load_state, save_state
+from onecard.models.wording import first_line
 from onecard.spec import Spec
 
 FORMAT = 1
@@ -73,7 +74,7 @@ def save_source(model: Model, folder: Path, *, live: bool = False) -> list[str]:
     kind = model.origin.kind
     kept = _KEPT_FILES.get(kind, "")
     if kept and kept in model.files:
-        shutil.copyfile(model.files[kept], folder / kept)
+        (_copy_onnx if kind == "onnx" else shutil.copyfile)(model.files[kept], folder / kept)
     if model.origin.is_rebuildable:
         aliases = save_state(model.flat.inner, folder / "weights.safetensors")
         if kind == "hf":
@@ -86,6 +87,24 @@ def save_source(model: Model, folder: Path, *, live: bool = False) -> list[str]:
     source = Source(FORMAT, model.name, model.origin, model.flat.plan, model.spec, files, aliases, program_spec)
     (folder / "source.json").write_bytes(msgspec.json.format(msgspec.json.encode(source), indent=1))
     return notes
+
+
+def _copy_onnx(path: Path, target: Path) -> None:
+    """Copy an ONNX file; weights that lie in files beside it move into it, up to protobuf's 2 GiB."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    graph = onnx.load(path, load_external_data=False).graph
+    if not any(uses_external_data(tensor) for tensor in graph.initializer):
+        shutil.copyfile(path, target)
+        return
+    try:
+        onnx.save(onnx.load(path), target)
+    except (ValueError, OSError) as error:
+        raise ModelError(
+            f"the weights beside {path} cannot be taken along: {first_line(error)}.",
+            "Save the model in one file (at most 2 GiB), or give the PyTorch model itself.",
+        ) from error
 
 
 def load_source(folder: Path, *, allow_live: bool = False) -> Model:

@@ -17,11 +17,12 @@ _PLAIN_NAME = re.compile(r"[\w.\-]+")
 def how_to_load(evidence: Evidence, bundle: str) -> str:
     """Three lines of Python and one command; odd folder names are replaced rather than quoted."""
     folder = bundle if _PLAIN_NAME.fullmatch(bundle) else "model.onecard"
-    inputs = ", ".join(f'"{fmt.clean(t.name)}": {_variable(t.name)}' for t in evidence.spec.inputs)
-    python = f'import onecard\nmodel = onecard.load("{folder}")\noutputs = model({{{inputs}}})'
+    inputs = ", ".join(f"{_variable(t.name)}={_variable(t.name)}" for t in evidence.spec.inputs)
+    python = f'import onecard\nmodel = onecard.load("{folder}")\noutputs = model({inputs})'
+    shell = f"onecard run {folder} inputs.npz -o outputs.npz"
     return (
         f"<div class='columns'><div><h3>In Python</h3><pre>{escape(python)}</pre></div>"
-        f"<div><h3>As a server</h3><pre>onecard serve {escape(folder)}</pre></div></div>"
+        f"<div><h3>In a shell</h3><pre>{escape(shell)}</pre></div></div>"
     )
 
 

@@ -87,11 +87,17 @@ def _timing_columns(evidence: Evidence, rows: Sequence[Candidate], bucket: Bucke
         Column(
             "first call s",
             "The first call in a new process",
-            values(lambda t: t.first_call_ms / _SECONDS if t.first_call_ms else math.nan),
+            [_first_call_s(c, bucket) for c in rows],
             lambda v: fmt.fixed(v, 2),
             position,
         ),
     ]
+
+
+def _first_call_s(candidate: Candidate, bucket: Bucket) -> float:
+    """From the candidate's own process: in the play-off nothing is called for the first time."""
+    timing = candidate.measurement.timing(bucket)
+    return timing.first_call_ms / _SECONDS if timing and timing.first_call_ms else math.nan
 
 
 def _throughput(timing: Timing) -> float:

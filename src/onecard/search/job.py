@@ -1,6 +1,7 @@
 """A search's folder: what the workers read, and what they leave behind.
 
     <job>/job.json                      the question: spec, buckets, device, thresholds, effort
+    <job>/notes.json                    what loading and saving the original had to say
     <job>/source/                       the original
     <job>/data.safetensors              rows of the user's data, if any
     <job>/reference/                    the original's answers
@@ -88,6 +89,7 @@ class JobFolder:
         self.root = root
         self.job = root / "job.json"
         self.source = root / "source"
+        self.notes = root / "notes.json"
         self.data = root / "data.safetensors"
         self.reference = root / "reference"
         self.playoff = root / "playoff.json"
@@ -138,9 +140,9 @@ def job_key(model: Model, job: Job, data_digest: str) -> str:
     for path in sorted(model.files.values()):
         digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     digest.update(_code_of(model))
-    digest.update(
-        msgspec.json.encode([model.flat.plan, model.origin, job, fingerprint(job.environment)], order="sorted")
-    )
+    asked = {name: getattr(job, name) for name in job.__struct_fields__ if name != "environment"}
+    parts = [model.flat.plan, model.origin, asked, fingerprint(job.environment)]
+    digest.update(msgspec.json.encode(parts, order="sorted"))
     digest.update(data_digest.encode())
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -16,6 +16,7 @@ import psutil
 from onecard.evidence import Verdict
 
 _POLL_S = 0.1
+PARENT = "ONECARD_WORKER_PARENT"
 ON_CALL = "ONECARD_WORKER_ON_CALL"
 _LOG_TAIL = 4000
 _SIGNAL_CURES = {
@@ -54,7 +55,7 @@ class Task:
 
     @property
     def environment(self) -> dict[str, str]:
-        added = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        added = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", PARENT: str(os.getpid())}
         if self.threads:
             added["TORCHINDUCTOR_COMPILE_THREADS"] = str(self.threads)
         if self.on_call:

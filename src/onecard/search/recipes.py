@@ -20,6 +20,19 @@ _TF32_SINCE = 8.0  # compute capability: Ampere
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
+MODES = {
+    "eager": ("",),
+    "torchscript": ("trace", "script"),
+    "inductor": ("",),
+    "aoti": ("",),
+    "cudagraph": ("eager", "inductor", "torchscript"),
+    "onnxruntime": ("cpu", "cuda", "tensorrt"),
+    "openvino": ("", "bf16", "fp16"),
+    "tensorrt": ("",),
+}
+"""The modes of each backend; empty where it has none, or a default."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """What decides which recipes apply: layers of the model, symbols of the spec, abilities of the card."""
@@ -28,7 +41,6 @@ class Traits:
     norms: bool
     symbols: bool
     onnx: bool
-    scripted: bool
     cuda: bool
     tf32: bool
     cpu_bf16: bool
@@ -43,7 +55,6 @@ def traits_of(model: Model, environment: Environment) -> Traits:
         norms=any(isinstance(m, _NORMS) for m in layers),
         symbols=any(r.low < r.high for r in model.spec.symbols.values()),
         onnx=model.origin.kind == "onnx",
-        scripted=model.origin.kind == "torchscript",
         cuda=card is not None,
         tf32=card is not None and float(card.compute_capability) >= _TF32_SINCE,
         cpu_bf16=not _BF16_FLAGS.isdisjoint(environment.cpu_flags),
@@ -97,13 +108,19 @@ def parse_recipe(text: str, offered: Sequence[str] = ()) -> Recipe:
     backend, _, mode = head.partition(".")
     known = {*BACKENDS, *plugins()}
     unknown = [t for t in transforms if t not in TRANSFORMS]
-    if backend not in known or unknown or suffix not in ("", "bucket"):
+    wrong_mode = backend in MODES and mode not in MODES[backend]
+    if backend not in known or unknown or wrong_mode or suffix not in ("", "bucket"):
         raise UsageError(
             f"no recipe matches '{text}'.",
             f"On offer here: {', '.join(offered)}. A recipe of your own is BACKEND[.MODE][+TRANSFORM...][@bucket] "
-            f"with backends {', '.join(sorted(known))} and transforms {', '.join(TRANSFORMS)}.",
+            f"with backends {', '.join(sorted(known))} (modes: {_modes_text()}) "
+            f"and transforms {', '.join(TRANSFORMS)}.",
         )
     return Recipe(backend, mode, tuple(transforms), suffix == "bucket")
+
+
+def _modes_text() -> str:
+    return "; ".join(f"{name} {'|'.join(filter(None, modes))}" for name, modes in MODES.items() if any(modes))
 
 
 def _cpu_recipes(traits: Traits) -> list[Recipe]:

@@ -7,15 +7,11 @@ any kind is a row; Ctrl-C ends the trying and goes on to the choice with what th
 from __future__ import annotations
 
 import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime, timezone
 
 import msgspec
-import torch
-from safetensors.torch import save_file
 
 from onecard.environment import detect
 from onecard.errors import InterruptedSearch, SearchError, UsageError
@@ -24,10 +20,9 @@ from onecard.host import cache_folder
 from onecard.models.model import Model
 from onecard.models.source import save_source
 from onecard.recipe import ORIGINAL, Recipe
-from onecard.search.choose import OBJECTIVES, Wishes, choose, finalists, within_memory
+from onecard.search.choose import OBJECTIVES, choose, finalists, within_memory
 from onecard.search.job import (
     BuildResult,
-    EffortSpec,
     Job,
     JobFolder,
     PlayoffResult,
@@ -36,73 +31,17 @@ from onecard.search.job import (
     read,
     write,
 )
+from onecard.search.options import Observer, Options, Progress
 from onecard.search.processes import Running, Supervisor, Task, tail, verdict_of_exit
 from onecard.search.recipes import select_recipes, traits_of
 from onecard.spec import default_buckets
-from onecard.verify.compare import THRESHOLDS, Threshold
-from onecard.verify.data import Dataset
+from onecard.verify.compare import THRESHOLDS, threshold_of
+from onecard.verify.data import Dataset, digest_of, save_data
 from onecard.verify.reference import read_reference
 
 _MEMORY_SHARE = 0.85  # of the machine's memory, for one worker with its children
 _CORES_PER_BUILD = 3
 _MAX_BUILDS = 5
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may ask of a search; the defaults stand here and nowhere else.
-
-    Args:
-        objective: ``latency``, ``throughput``, ``memory`` or ``size``.
-        batches: batch sizes to build for and time; empty means the smallest, 8 and the largest.
-        max_latency_p99_ms: no bucket may be slower.
-        max_memory_bytes: the variant may hold no more at once.
-        max_drop: how far the metric on labelled data may fall.
-        recipes: globs over recipe ids; empty means the default list.
-        time_limit_s: after it no candidate is started any more.
-        candidate_time_limit_s: for building, and again for running, one candidate.
-        device: ``cpu``, ``cuda:0`` ...
-        metric: name of the metric on labelled data, or empty.
-        fresh: forget what an earlier search of the same job found.
-        thresholds: relative L2 by precision, in place of the default ones.
-        effort: how long to measure.
-        worker_memory_bytes: kill a worker that holds more main memory; None means most of the machine's.
-    """
-
-    objective: str = "latency"
-    batches: tuple[int, ...] = ()
-    max_latency_p99_ms: float | None = None
-    max_memory_bytes: int | None = None
-    max_drop: float = 0.01
-    recipes: tuple[str, ...] = ()
-    time_limit_s: float = 1800.0
-    candidate_time_limit_s: float = 300.0
-    device: str = "cpu"
-    metric: str = ""
-    fresh: bool = False
-    thresholds: dict[str, float] = field(default_factory=dict)
-    effort: EffortSpec = field(default_factory=EffortSpec)
-    worker_memory_bytes: int | None = None
-
-    @property
-    def wishes(self) -> Wishes:
-        return Wishes(self.objective, self.max_latency_p99_ms, self.max_memory_bytes)
-
-
-@dataclass
-class Progress:
-    """The state of a search, for whoever shows it."""
-
-    recipes: list[Recipe]
-    done: dict[str, Candidate]
-    running: list[Running]
-    elapsed_s: float
-    time_limit_s: float
-    resumed: int
-    phase: str
-
-
-Observer = Callable[[Progress], None]
 
 
 class Search:
@@ -157,7 +96,7 @@ class Search:
                 raise InterruptedSearch(
                     "stopped before anything was ready; nothing was written.", "Run the same command to go on."
                 ) from None
-            notes = list(read_reference(self.folder.reference).notes)
+            notes = self._notes()
         original = self.done[ORIGINAL.id]
         if not original.verdict.ok:
             raise SearchError(
@@ -182,10 +121,7 @@ class Search:
 
     def _prepare(self) -> JobFolder:
         """Write the job's folder, or find the one that an earlier search of the same job left."""
-        thresholds = {
-            name: Threshold(self.options.thresholds.get(name, default.relative_l2), default.cosine)
-            for name, default in THRESHOLDS.items()
-        }
+        thresholds = {**THRESHOLDS, **{name: threshold_of(e) for name, e in self.options.thresholds.items()}}
         job = Job(
             self.model.name,
             self.model.spec,
@@ -197,15 +133,18 @@ class Search:
             self.options.metric,
             self.options.max_drop,
         )
-        folder = JobFolder(cache_folder() / "searches" / job_key(self.model, job, _digest(self._data)))
+        folder = JobFolder(
+            cache_folder() / "searches" / job_key(self.model, job, digest_of(self._data) if self._data else "")
+        )
         if self.options.fresh:
             shutil.rmtree(folder.root, ignore_errors=True)
         if not folder.job.exists():
             shutil.rmtree(folder.root, ignore_errors=True)
             folder.root.mkdir(parents=True, mode=0o700)
-            save_source(self.model, folder.source, live=True)
+            notes = [*self.model.extra.get("notes", ()), *save_source(self.model, folder.source, live=True)]
+            write(folder.notes, notes)
             if self._data is not None:
-                _save_data(self._data, folder)
+                save_data(self._data, folder.data)
             write(folder.job, job)
         return folder
 
@@ -225,7 +164,11 @@ class Search:
                     f"the original itself does not run on {self.options.device}: {why}",
                     f"The whole log is {log}.",
                 )
-        return list(read_reference(self.folder.reference).notes)
+        return self._notes()
+
+    def _notes(self) -> list[str]:
+        """What loading, saving and running the original had to say."""
+        return [*read(self.folder.notes, list[str]), *read_reference(self.folder.reference).notes]
 
     def _candidates(self) -> None:
         """Build and run every candidate: builds side by side where there are cores, runs one at a time."""
@@ -364,11 +307,16 @@ class Search:
             metric=result.metric,
             warnings=(*build.warnings, *result.warnings),
             seconds=build.seconds + result.seconds,
-            command=f"{sys.executable} -m onecard.search.worker build {self.folder.root} {recipe.id}",
+            command=self._command(recipe),
             log=tail(place.log) if not result.verdict.ok else "",
         )
         self._observe(self.progress())
         return True
+
+    def _command(self, recipe: Recipe) -> str:
+        """What reproduces a candidate, with the cache named by its variable, for bundles travel."""
+        worker, job = "python -m onecard.search.worker", f"$ONECARD_CACHE/searches/{self.folder.root.name}"
+        return " && ".join(f'{worker} {role} "{job}" {recipe.id}' for role in ("build", "run"))
 
     def _skip(self, recipe: Recipe) -> None:
         reason = "the search was interrupted" if self.interrupted else "the time limit was reached"
@@ -448,27 +396,3 @@ def _settled(candidate: Candidate, evidence: Evidence, chosen: str) -> Candidate
         verdict = Verdict("slower", "right, but at no bucket faster than the original")
         return msgspec.structs.replace(candidate, verdict=verdict)
     return candidate
-
-
-def _digest(data: Dataset | None) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_named(data).items()) if data else ():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _named(data: Dataset | None) -> dict[str, torch.Tensor]:
-    """The data as named tensors, labels under the names by which :func:`load_data` finds them again."""
-    if data is None:
-        return {}
-    labels = data.labels
-    if isinstance(labels, dict):
-        return {**data.inputs, **{f"label_{name}": tensor for name, tensor in labels.items()}}
-    return {**data.inputs, **({"label": labels} if labels is not None else {})}
-
-
-def _save_data(data: Dataset, folder: JobFolder) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in _named(data).items()}, folder.data)

@@ -27,6 +27,12 @@ THRESHOLDS = {
 """By precision. A deep network multiplies one rounding error (2^-11 in fp16, 2^-9 in bf16) by about
 ten to twenty; a wrong kernel is off by far more."""
 
+
+def threshold_of(relative_l2: float) -> Threshold:
+    """The threshold for a user's own limit: an error of e leaves a cosine of about 1 - e²/2, so 1 - e² is given."""
+    return Threshold(relative_l2, 1.0 - min(1.0, relative_l2) ** 2)
+
+
 ROW_FACTOR = 5.0  # one row of many may be this much worse than the whole
 
 

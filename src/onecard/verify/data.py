@@ -7,6 +7,7 @@ in ``label`` or ``labels`` (or in several arrays whose names begin with ``label_
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard.errors import DataError, UsageError
@@ -287,3 +288,23 @@ def _cast(tensor: Tensor, wanted: TensorSpec) -> Tensor:
 
 def _what(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def save_data(data: Dataset, path: Path) -> None:
+    """Write a dataset as the ``.safetensors`` file from which :func:`load_data` reads it again."""
+    save_file({name: tensor.contiguous() for name, tensor in _named(data).items()}, path)
+
+
+def digest_of(data: Dataset) -> str:
+    """SHA-256 over all rows, labels included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_named(data).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _named(data: Dataset) -> Named:
+    if isinstance(data.labels, dict):
+        return {**data.inputs, **{f"{_LABEL_PREFIX}{name}": tensor for name, tensor in data.labels.items()}}
+    return data.inputs if data.labels is None else {**data.inputs, "label": data.labels}

@@ -36,7 +36,7 @@ def test_static_model_in_a_new_process(tmp_path):
     assert_right_elsewhere(module, target, tmp_path / "made", B=2, S=16)
 
 
-@pytest.mark.parametrize("mode", ["bf16", "f16"])
+@pytest.mark.parametrize("mode", ["bf16", "fp16"])
 def test_lower_precision_is_close_to_fp32(mode, tmp_path):
     module, spec = cnn()
     target = target_for(Recipe("openvino", mode), spec, tmp_path)

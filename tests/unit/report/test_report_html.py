@@ -114,7 +114,7 @@ def test_the_outcome_and_the_winner_of_each_bucket(text):
     assert "noise ± 3.1 %" in shown
     assert "noise ± 1.8 %" in shown
     assert 'onecard.load("resnet.onecard")' in shown
-    assert "onecard serve resnet.onecard" in shown
+    assert "onecard run resnet.onecard inputs.npz" in shown
 
 
 def test_the_figures_of_a_row_are_those_of_the_evidence(text):
