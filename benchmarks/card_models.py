@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import msgspec
 import torch
 
 from onecard import OnecardError
@@ -90,6 +91,12 @@ class Watch:
                 print(f"  {elapsed:5.0f}s {candidate.verdict.reason:>12} {name:<58} {detail}", flush=True)
 
 
+def without_logs(evidence: Evidence) -> bytes:
+    """The evidence as JSON without the candidates' logs, which are full of this machine's paths."""
+    candidates = tuple(msgspec.structs.replace(c, log="") for c in evidence.candidates)
+    return to_json(msgspec.structs.replace(evidence, candidates=candidates))
+
+
 def table(evidence: Evidence) -> list[str]:
     """Markdown: a row a candidate, a column a bucket, medians of the play-off where it took part, else its own."""
     buckets = evidence.buckets or ({},)
@@ -146,7 +153,7 @@ def main() -> None:
             except OnecardError as error:
                 print(f"  failed: {error}", flush=True)
                 continue
-            (arguments.out / f"{name}.json").write_bytes(to_json(evidence))
+            (arguments.out / f"{name}.json").write_bytes(without_logs(evidence))
             lines = table(evidence)
             (arguments.out / f"{name}.md").write_text("\n".join(lines) + "\n")
             print("\n".join(lines), flush=True)

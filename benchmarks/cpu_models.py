@@ -14,10 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from card_models import Watch, table
+from card_models import Watch, table, without_logs
 
 from onecard.api import make_bundle, prepare
-from onecard.evidence import Evidence, to_json
+from onecard.evidence import Evidence
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +60,7 @@ def main() -> None:
         for name in arguments.models:
             print(f"{name}:", flush=True)
             evidence = MODELS[name](arguments.fresh, Path(work) / f"{name}.onecard", command)
-            (arguments.out / f"{name}.json").write_bytes(to_json(evidence))
+            (arguments.out / f"{name}.json").write_bytes(without_logs(evidence))
             lines = table(evidence)
             (arguments.out / f"{name}.md").write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
             print("\n".join(lines), flush=True)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, fx
 
 from onecard.backends.base import Runner, Target, Tensors
-from onecard.backends.export import export_program
+from onecard.backends.export import export_program, quiet_export
 from onecard.backends.tensors import Stored, TensorStore
 from onecard.errors import Unsupported
 from onecard.evidence import Verdict
@@ -75,7 +75,8 @@ class InductorBackend:
     def build(self, module: FlatModule, inputs: Tensors, folder: Path, target: Target) -> None:
         """See the module's docstring for what is written."""
         program = export_program(module, inputs, target)
-        with tempfile.TemporaryDirectory(prefix="onecard-inductor-") as cache, _kernel_cache(Path(cache)):
+        caches = tempfile.TemporaryDirectory(prefix="onecard-inductor-")
+        with quiet_export(), caches as cache, _kernel_cache(Path(cache)):
             graph = _compile(program, target)
             store = TensorStore(target.shared, {})
             constants = tuple(graph.save_constant(name, store) for name in graph.constants)
@@ -194,8 +195,6 @@ def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured
     example = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     options = {"freezing": True, "fx_graph_cache": False, "triton.cudagraphs": False, "graph_partition": False}
     with (
-        torch.inference_mode(False),
-        torch.no_grad(),
         config.patch(options),
         precision_scope(target.recipe.precision),
         _replaced(compile_fx, "fx_codegen_and_compile", catch),
