@@ -37,7 +37,7 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: not a size.
     """
-    return int(_parse(text, _BYTES, "b", "a size such as 500MB or 2GiB"))
+    return max(1, int(_parse(text, _BYTES, "b", "a size such as 500MB or 2GiB")))
 
 
 def _parse(text: str, units: dict[str, float] | dict[str, int], bare: str, expected: str) -> float:

@@ -138,7 +138,7 @@ def _check_names(manifest: Manifest, path: Path) -> None:
         limit = MAX_JSON_BYTES if name.endswith((".json", ".html", ".py")) else MAX_FILE_BYTES
         if not 0 <= entry.size <= limit:
             raise BundleError(f"{path} gives '{name}' a size of {entry.size} bytes.", "Do not trust this bundle.")
-    for rank in manifest.ranks:
-        for name in rank.variants:
+    for ranked in ((manifest.chosen,), *(rank.variants for rank in manifest.ranks)):
+        for name in ranked:
             if manifest.variant(name) is None:
                 raise BundleError(f"{path} ranks the variant '{name}' but does not hold it.", "Make the bundle anew.")

@@ -14,7 +14,7 @@ from onecard.inputs import make_inputs
 from onecard.spec import Spec
 from onecard.verify.cases import Case
 from onecard.verify.compare import ROW_FACTOR, Threshold, compare, decisive_flips, worst_row
-from onecard.verify.reference import Reference, Run, one_row, read_answers, to_device
+from onecard.verify.reference import Reference, Run, one_row, probed_rows, read_answers, to_device
 
 _WRONG_CURE = "Nothing to do: the variant is left out. --threshold loosens the gate if such an error is acceptable."
 
@@ -109,7 +109,7 @@ class Gate:
         if batch is None or not self.reference.row_invariant or self.spec.symbols[batch].low > 1:
             return Verdict("ok")
         size = case.bucket[batch]
-        for row in sorted({0, size // 2, size - 1}) if size > 1 else ():
+        for row in probed_rows(size):
             alone = run(one_row(inputs, row))
             for name, out in outputs.items():
                 error = worst_row(alone[name], out[row : row + 1])[1]

@@ -2,10 +2,18 @@ import os
 import shutil
 
 import pytest
-from small_models import assert_right, assert_right_elsewhere, build, cnn, encoder, sizes_of, target_for
 
 from onecard.backends import get_backend
 from onecard.recipe import Recipe
+from tests.unit.backends.small_models import (
+    assert_right,
+    assert_right_elsewhere,
+    build,
+    cnn,
+    encoder,
+    sizes_of,
+    target_for,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++, which is not here")
 

@@ -1,13 +1,13 @@
 import msgspec
 import pytest
 import torch
-from small_models import cnn, encoder, inputs_for, target_for
 
 from onecard.backends.export import export_program
 from onecard.errors import Unsupported
 from onecard.models.flat import FlatModule, positional
 from onecard.recipe import Recipe
 from onecard.spec import Range, parse_spec
+from tests.unit.backends.small_models import cnn, encoder, inputs_for, target_for
 
 
 def flat(function, *names):

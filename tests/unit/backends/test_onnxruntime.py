@@ -1,7 +1,13 @@
 import msgspec
 import pytest
 import torch
-from small_models import (
+
+from onecard.backends import get_backend
+from onecard.models.flat import FlatModule, positional
+from onecard.models.onnx_module import OnnxModule
+from onecard.recipe import Recipe
+from onecard.spec import TensorSpec, parse_spec
+from tests.unit.backends.small_models import (
     MODELS,
     assert_right,
     assert_right_elsewhere,
@@ -12,12 +18,6 @@ from small_models import (
     sizes_of,
     target_for,
 )
-
-from onecard.backends import get_backend
-from onecard.models.flat import FlatModule, positional
-from onecard.models.onnx_module import OnnxModule
-from onecard.recipe import Recipe
-from onecard.spec import TensorSpec, parse_spec
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")

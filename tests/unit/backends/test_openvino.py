@@ -3,7 +3,10 @@ import sys
 
 import pytest
 import torch
-from small_models import (
+
+from onecard.backends import get_backend
+from onecard.recipe import Recipe
+from tests.unit.backends.small_models import (
     MODELS,
     assert_right,
     assert_right_elsewhere,
@@ -14,9 +17,6 @@ from small_models import (
     sizes_of,
     target_for,
 )
-
-from onecard.backends import get_backend
-from onecard.recipe import Recipe
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 

@@ -2,10 +2,10 @@ import importlib.util
 
 import pytest
 import torch
-from small_models import assert_right, build, cnn, sizes_of, target_for
 
 from onecard.backends import get_backend
 from onecard.recipe import Recipe
+from tests.unit.backends.small_models import assert_right, build, cnn, sizes_of, target_for
 
 MISSING = [name for name in ("torch_tensorrt", "tensorrt") if importlib.util.find_spec(name) is None]
 

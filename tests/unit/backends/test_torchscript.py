@@ -1,10 +1,19 @@
 import pytest
 import torch
-from small_models import MODELS, assert_right, assert_right_elsewhere, build, cnn, encoder, sizes_of, target_for
 
 from onecard.backends import get_backend
 from onecard.errors import Unsupported, UsageError
 from onecard.recipe import Recipe
+from tests.unit.backends.small_models import (
+    MODELS,
+    assert_right,
+    assert_right_elsewhere,
+    build,
+    cnn,
+    encoder,
+    sizes_of,
+    target_for,
+)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -90,7 +90,7 @@ def test_any_change_is_noticed(old, new, tmp_path):
     data = path.read_bytes()
     assert old in data
     path.write_bytes(data.replace(old, new, 1))
-    with pytest.raises(BundleError, match="its digest does not match.*Copy the bundle again"):
+    with pytest.raises(BundleError, match=r"its digest does not match.*Copy the bundle again"):
         read_manifest(tmp_path)
 
 
@@ -121,14 +121,14 @@ def test_a_manifest_that_is_too_large_is_not_read(tmp_path):
 
 def test_another_structure_is_refused(tmp_path):
     (tmp_path / MANIFEST).write_bytes(signed(b',\n "format_version": 1, "name": "x"}'))
-    with pytest.raises(BundleError, match="does not follow the format: .*missing required field"):
+    with pytest.raises(BundleError, match=r"does not follow the format: .*missing required field"):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "variants/../../evil", "a\\..\\b", "", "a/.."])
 def test_paths_that_leave_the_folder_are_refused(name, tmp_path):
     write(tmp_path, manifest(files={name: FileEntry(1, "0" * 64)}))
-    with pytest.raises(BundleError, match="outside of the bundle.*Do not trust"):
+    with pytest.raises(BundleError, match=r"outside of the bundle.*Do not trust"):
         read_manifest(tmp_path)
 
 

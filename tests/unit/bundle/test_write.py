@@ -88,7 +88,7 @@ def test_an_empty_folder_may_be_there(out):
 def test_a_foreign_folder_is_refused_and_kept(out):
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(StorageError, match="exists and is no onecard bundle.*Choose another"), new_bundle(out):
+    with pytest.raises(StorageError, match=r"exists and is no onecard bundle.*Choose another"), new_bundle(out):
         pytest.fail("the block was entered")
     assert (out / "thesis.txt").read_text() == "years of work"
     assert neighbours(out) == [out.name]
@@ -102,7 +102,7 @@ def test_a_file_in_the_way_is_refused(out):
 
 def test_a_file_above_is_no_folder_to_write_into(out):
     out.write_text("not a folder")
-    with pytest.raises(StorageError, match="was not written.*Choose|was not written.*Free"):
+    with pytest.raises(StorageError, match=r"was not written.*choose another"):
         check_writable(out / "model.onecard")
 
 
@@ -113,7 +113,7 @@ def test_checking_leaves_nothing_behind(out):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, the disk that is always full, is not here")
 def test_a_full_disk_is_said_and_leaves_the_old_bundle(old):
-    message = r"the disk is full: the bundle .*model\.onecard was not written\. Free some space"
+    message = r"the disk is full: .*model\.onecard was not written\. Free some space"
     with pytest.raises(StorageError, match=message), new_bundle(old) as folder:
         fill(folder, "new")
         with Path("/dev/full").open("wb") as file:
@@ -140,7 +140,8 @@ def test_a_write_that_the_system_cuts_short_leaves_the_old_bundle(old):
     done = subprocess.run(
         [sys.executable, "-c", SMALL_FILES_ONLY, str(old)], capture_output=True, text=True, check=False
     )
-    assert "was not written: File too large." in done.stdout, done.stderr
+    assert "was not written" in done.stdout, done.stderr
+    assert "File too large" in done.stdout
     assert done.stdout.strip().endswith("| 9")
     assert content(old) == "old"
     assert neighbours(old) == [old.name]

@@ -1,8 +1,8 @@
-from evidence_sample import B1, B8, sample, timing
 from msgspec.structs import replace
 
 from onecard.evidence import CardState, Rank, Verdict
 from onecard.report.advice import advice
+from tests.unit.report.evidence_sample import B1, B8, sample, timing
 
 
 def actions(evidence):

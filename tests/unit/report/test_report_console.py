@@ -2,13 +2,13 @@ import io
 import math
 
 import pytest
-from evidence_sample import sample
 from msgspec.structs import replace
 from rich.console import Console
 
 from onecard.evidence import Verdict
 from onecard.recipe import ORIGINAL
 from onecard.report.console import print_table, summary_line
+from tests.unit.report.evidence_sample import sample
 
 
 def printed(evidence, width=120, bundle=None, encoding="utf-8"):

@@ -5,7 +5,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from evidence_sample import B1, EVIL, sample, timed, timing
 from msgspec.structs import replace
 
 from onecard.errors import StorageError
@@ -13,6 +12,7 @@ from onecard.evidence import Candidate, Evidence, Measurement, Verdict
 from onecard.recipe import ORIGINAL
 from onecard.report.html import render, write_report
 from onecard.spec import parse_spec
+from tests.unit.report.evidence_sample import B1, EVIL, sample, timed, timing
 
 VOID = {"meta", "input", "br", "wbr", "link", "img"}
 

@@ -2,9 +2,9 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from evidence_sample import B1, EVIL, sample
 
 from onecard.report import plots, svg
+from tests.unit.report.evidence_sample import B1, EVIL, sample
 
 
 @pytest.mark.parametrize("values", [(0.01, 900.0), (4.0, 4.0), (2e-9, 0.3), (25.0, 26.0), (1e-30, 1e30)])

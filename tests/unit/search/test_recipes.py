@@ -1,0 +1,102 @@
+"""Which recipes are offered for a model on a machine, and which of them a pattern picks."""
+
+from __future__ import annotations
+
+import itertools
+
+import msgspec
+import pytest
+from torch import nn
+
+from onecard.environment import Card
+from onecard.errors import UsageError
+from onecard.models.load import load_model
+from onecard.recipe import ORIGINAL, Recipe
+from onecard.search.recipes import Traits, default_recipes, parse_recipe, select_recipes, traits_of
+from tests.unit.report.evidence_sample import environment
+
+NONE = Traits(*[False] * len(Traits.__dataclass_fields__))
+
+
+def traits(*names: str) -> Traits:
+    return Traits(**{name: name in names for name in Traits.__dataclass_fields__})
+
+
+def ids(*names: str) -> list[str]:
+    return [r.id for r in default_recipes(traits(*names))]
+
+
+def test_the_original_is_always_first_and_nothing_comes_twice():
+    for flags in itertools.product([False, True], repeat=len(Traits.__dataclass_fields__)):
+        recipes = default_recipes(Traits(*flags))
+        assert recipes[0] == ORIGINAL
+        assert len(set(recipes)) == len(recipes) > 1
+
+
+def test_layers_decide_about_transforms():
+    assert not [name for name in ids("cuda") + ids() if "fold_bn" in name or "channels_last" in name]
+    assert "eager+channels_last+fold_bn" in ids("convs", "norms")
+    assert "eager+fold_bn" in ids("norms")
+    assert "inductor+channels_last+fold_bn+fp16@bucket" in ids("cuda", "convs", "norms")
+
+
+def test_the_card_decides_about_engines_and_precision():
+    assert not [name for name in ids("cuda") if "openvino" in name or "tf32" in name]
+    assert "eager+tf32" in ids("cuda", "tf32")
+    assert not [name for name in ids() if "cuda" in name or "16" in name]
+    assert "openvino.bf16" in ids("cpu_bf16")
+
+
+def test_a_dynamic_engine_is_only_worth_it_where_sizes_change():
+    assert "inductor" in ids("symbols")
+    assert "inductor" not in ids()
+
+
+def test_an_onnx_model_runs_in_onnx_engines_only():
+    assert ids("onnx") == ["eager", "onnxruntime.cpu", "openvino"]
+    assert ids("onnx", "cuda") == ["eager", "onnxruntime.cuda", "onnxruntime.tensorrt"]
+
+
+def test_own_backends_are_tried_too(monkeypatch):
+    monkeypatch.setenv("ONECARD_BACKENDS", "mine=my.module:Mine")
+    assert "mine" in ids()
+    assert parse_recipe("mine.fast+fp16@bucket") == Recipe("mine", "fast", ("fp16",), static=True)
+
+
+def test_traits_are_read_from_the_model_and_the_machine():
+    model = load_model(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), inputs=["x: float32[B,3,8,8], B=1..4"]
+    )
+    on_gpu = traits_of(model, environment())
+    assert on_gpu == traits("convs", "norms", "symbols", "cuda", "tf32")
+    turing = msgspec.structs.replace(environment(), card=Card("T4", "7.5", 1 << 34, "580"))
+    assert not traits_of(model, turing).tf32
+    cpu = msgspec.structs.replace(environment(), card=None, device="cpu", cpu_flags=("avx2", "amx_bf16"))
+    assert traits_of(model, cpu) == traits("convs", "norms", "symbols", "cpu_bf16")
+
+
+def test_a_fixed_model_without_convolutions_has_none_of_them():
+    model = load_model(nn.Linear(3, 4), inputs=["x: float32[2,3]"])
+    cpu = msgspec.structs.replace(environment(), card=None, device="cpu", cpu_flags=())
+    assert traits_of(model, cpu) == NONE
+
+
+def test_no_pattern_means_all():
+    assert select_recipes(NONE, []) == default_recipes(NONE)
+
+
+def test_patterns_pick_and_the_original_stays():
+    found = [r.id for r in select_recipes(traits("convs"), ["torchscript*", "eager*"])]
+    assert found[0] == "eager"
+    assert all(name.startswith(("torchscript", "eager")) for name in found)
+    assert "torchscript.script" in found
+    assert len(set(found)) == len(found)
+
+
+def test_a_whole_id_that_is_not_offered_is_tried_all_the_same():
+    assert select_recipes(NONE, ["eager+fold_bn+bf16"]) == [ORIGINAL, Recipe("eager", "", ("fold_bn", "bf16"))]
+
+
+def test_a_pattern_that_picks_nothing_lists_what_is_on_offer():
+    with pytest.raises(UsageError, match=r"no recipe matches 'tensor\*'\. On offer here: eager, onnxruntime\.cpu"):
+        select_recipes(NONE, ["tensor*"])
