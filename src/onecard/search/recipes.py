@@ -144,8 +144,12 @@ def _cpu_recipes(traits: Traits) -> list[Recipe]:
             Recipe("eager", "", (*layout, *fold, "bf16")),
             Recipe("eager", "", ("autocast_bf16",)),
         ]
-    if traits.symbols:
-        recipes.append(Recipe("inductor"))
+    if traits.symbols:  # fixed shapes let an engine plan its memory, moving ones need one artifact only
+        recipes += [
+            Recipe("inductor"),
+            Recipe("openvino", static=True),
+            Recipe("onnxruntime", "cpu", static=True),
+        ]
     recipes.append(Recipe("aoti"))
     return recipes
 
