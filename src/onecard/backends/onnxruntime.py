@@ -190,6 +190,8 @@ def _export(module: FlatModule, inputs: Tensors, folder: Path, target: Target) -
             )
             if onnx_program is None:
                 raise RuntimeError("torch.onnx.export returned nothing")
+            for node in onnx_program.model.graph.all_nodes():
+                node.metadata_props.clear()  # stack traces with the paths of the author's machine
             onnx_program.save(str(folder / _FILE), external_data=weight_bytes > _EXTERNAL_DATA_BYTES)
         except Exception as error:  # the exporter wraps what it meets in errors of many kinds
             raise Unsupported(f"torch.onnx cannot convert this model: {first_line(error)}") from error
