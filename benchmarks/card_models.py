@@ -86,7 +86,7 @@ class Watch:
             if name not in self.seen:
                 self.seen.add(name)
                 times = " ".join(f"{t.label}={t.median_ms:.3g}" for t in candidate.measurement.timings)
-                detail = times or candidate.verdict.detail[:160]
+                detail = f"{times} {candidate.verdict.detail[:160]}"
                 elapsed = time.monotonic() - self.start
                 print(f"  {elapsed:5.0f}s {candidate.verdict.reason:>12} {name:<58} {detail}", flush=True)
 

@@ -30,11 +30,19 @@ def read_arrays(path: Path) -> Arrays:
         raise DataError(f"{path} is neither .npz nor .safetensors.", "Save the arrays by input name with numpy.savez.")
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
+            return _plain(dict(load_file(path)), path)
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (SafetensorError, ValueError, zipfile.BadZipFile, OSError, EOFError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}.", "Save the arrays again with numpy.savez.") from error
+
+
+def _plain(arrays: Arrays, path: Path) -> Arrays:
+    """Refuse the dtypes that NumPy itself lacks, whether or not a package has taught them to it."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "V":
+            raise DataError(f"{path}: array '{name}' is {array.dtype}, which NumPy lacks.", "Save it as float32.")
+    return arrays
 
 
 def check_output(path: Path) -> None:

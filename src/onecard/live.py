@@ -61,7 +61,7 @@ def _line(candidate: Candidate, progress: Progress) -> Text:
     text = Text(f"{reason:>13} ", style=_STYLES.get(reason, "dim"))
     text.append(f"{candidate.id:<44}", style="default")
     timings = candidate.measurement.timings
-    if timings:
+    if timings and candidate.verdict.ok:
         text.append("  ".join(f"{t.label} {t.median_ms:.3g} ms" for t in timings), style="default")
     elif candidate.verdict.detail:
         text.append(candidate.verdict.detail, style="dim")

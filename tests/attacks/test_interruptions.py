@@ -24,6 +24,16 @@ def _command(model_file: Path, out: Path) -> list[str]:
     return [*onecard, "optimize", f"{model_file}:small", "--input", INPUT, "--device", "cpu", *recipes, "-o", str(out)]
 
 
+def _start(model_file: Path, out: Path) -> subprocess.Popen[bytes]:
+    """The search as a terminal would start it: where this test runs in the background, Ctrl-C may be ignored."""
+    return subprocess.Popen(
+        _command(model_file, out),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 def _results(cache: Path) -> dict[str, float]:
     return {p.parent.name: p.stat().st_mtime for p in cache.glob("searches/*/candidates/*/result.json")}
 
@@ -70,7 +80,7 @@ def test_after_kill_9_the_same_command_goes_on(cache: Path, model_file: Path, tm
 @pytest.mark.timeout(400)
 def test_ctrl_c_once_writes_a_bundle_of_what_is_done(cache: Path, model_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.onecard"
-    process = subprocess.Popen(_command(model_file, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = _start(model_file, out)
     _wait_for_results(cache, 2, process)
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=200)[0].decode()
@@ -84,7 +94,7 @@ def test_ctrl_c_once_writes_a_bundle_of_what_is_done(cache: Path, model_file: Pa
 @pytest.mark.timeout(300)
 def test_ctrl_c_twice_ends_with_one_message_and_writes_nothing(cache: Path, model_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.onecard"
-    process = subprocess.Popen(_command(model_file, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = _start(model_file, out)
     _wait_for_results(cache, 2, process)
     process.send_signal(signal.SIGINT)
     time.sleep(1.5)
@@ -99,7 +109,7 @@ def test_ctrl_c_twice_ends_with_one_message_and_writes_nothing(cache: Path, mode
 @pytest.mark.timeout(120)
 def test_ctrl_c_before_anything_is_ready(cache: Path, model_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.onecard"
-    process = subprocess.Popen(_command(model_file, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = _start(model_file, out)
     end = time.monotonic() + 60
     while not list(cache.glob("searches/*/job.json")) and time.monotonic() < end:
         time.sleep(0.05)

