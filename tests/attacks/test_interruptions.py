@@ -20,18 +20,14 @@ RECIPES = ("onnxruntime.cpu", "torchscript.trace", "eager+fold_bn")
 
 def _command(model_file: Path, out: Path) -> list[str]:
     recipes = [part for r in RECIPES for part in ("--recipe", r)]
-    onecard = [sys.executable, "-c", "from onecard.cli import main; main()"]
+    # As a terminal would start it: where this test itself runs in the background, Ctrl-C may be ignored.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    onecard = [sys.executable, "-c", f"{listen}; from onecard.cli import main; main()"]
     return [*onecard, "optimize", f"{model_file}:small", "--input", INPUT, "--device", "cpu", *recipes, "-o", str(out)]
 
 
 def _start(model_file: Path, out: Path) -> subprocess.Popen[bytes]:
-    """The search as a terminal would start it: where this test runs in the background, Ctrl-C may be ignored."""
-    return subprocess.Popen(
-        _command(model_file, out),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    return subprocess.Popen(_command(model_file, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def _results(cache: Path) -> dict[str, float]:
