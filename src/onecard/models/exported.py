@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from onecard.errors import BundleError, ModelError, OnecardError, Unsupported
 from onecard.models.flat import FlatModule
+from onecard.models.layers import restore_layers
 from onecard.models.probe import probe_sizes, sample_inputs, spec_at
 from onecard.models.program import input_values, symbolic_shape
 from onecard.models.vet import DEFAULT_CAP_BYTES, clean_copy, rejector
@@ -94,7 +95,7 @@ def load_exported(
 
 
 def flat_program(program: ExportedProgram) -> nn.Module:
-    """A program as a plain module: its user inputs by position, its user outputs as a list.
+    """A program as a plain module with layers: its user inputs by position, its user outputs as a list.
 
     The module that ``ExportedProgram.module`` gives refuses ``eval()`` and packs arguments into the
     containers of its first call; neither is wanted behind :class:`onecard.models.flat.FlatModule`.
@@ -105,7 +106,7 @@ def flat_program(program: ExportedProgram) -> nn.Module:
         graph.set_codegen(fx.graph.CodeGen())
         plain = fx.GraphModule(module, graph)
     plain.eval()
-    return plain
+    return restore_layers(plain)
 
 
 def export_flat(flat: FlatModule, spec: Spec) -> tuple[ExportedProgram, Spec, list[str]]:
