@@ -26,6 +26,9 @@ def optimize(  # noqa: PLR0913 - the keywords are the interface
     weights: str | Path | None = None,
     output: str | Path | None = None,
     data: str | None = None,
+    calibration: str | None = None,
+    pruned: str | Path | None = None,
+    qat: str | Path | None = None,
     device: str = "auto",
     observe: Observer | None = None,
     **options: Any,
@@ -40,6 +43,10 @@ def optimize(  # noqa: PLR0913 - the keywords are the interface
         weights: a ``.safetensors`` or ``.pt`` state dict for a model built by reference.
         output: the bundle's folder; by default the model's name with ``.onecard`` in the current folder.
         data: labelled data: a file or ``module:callable``; with ``metric=`` it decides what counts as right.
+        calibration: representative rows without labels for INT8 and FP8 scales, in the same forms; by default those
+            of ``data``.
+        pruned: a program that :func:`onecard.prune` wrote, tried beside the original and held to its answers.
+        qat: likewise, one that :func:`onecard.qat` wrote.
         device: ``auto``, ``cpu``, ``cuda:0`` ...
         observe: called with a :class:`onecard.search.options.Progress` several times a second.
         **options: fields of :class:`onecard.search.options.Options` (objective, batches, recipes ...).
@@ -60,7 +67,16 @@ def optimize(  # noqa: PLR0913 - the keywords are the interface
         example_kwargs=kwargs,
         options=options,
     )
-    out, _ = make_bundle(prepared, search_options, output=output, data=data, observe=observe)
+    alternatives = {name: Path(path) for name, path in (("pruned", pruned), ("qat", qat)) if path}
+    out, _ = make_bundle(
+        prepared,
+        search_options,
+        output=output,
+        data=data,
+        calibration=calibration,
+        alternatives=alternatives,
+        observe=observe,
+    )
     return load(out, device=search_options.device)
 
 
@@ -109,12 +125,14 @@ def prepare(  # noqa: PLR0913 - keywords only
     return model, settled
 
 
-def make_bundle(
+def make_bundle(  # noqa: PLR0913 - keywords only
     model: Model,
     options: Options,
     *,
     output: str | Path | None = None,
     data: str | None = None,
+    calibration: str | None = None,
+    alternatives: Mapping[str, Path] | None = None,
     observe: Callable[..., None] | None = None,
     command: str = "",
 ) -> tuple[Path, Evidence]:
@@ -128,6 +146,7 @@ def make_bundle(
     from onecard.bundle.write import check_writable, explained_storage
     from onecard.host import cache_folder
     from onecard.publish import publish
+    from onecard.search.material import load_material
     from onecard.search.search import Search
     from onecard.verify.data import load_data
     from onecard.verify.metrics import get_metric
@@ -141,8 +160,9 @@ def make_bundle(
     rows = load_data(data, model.spec) if data else None
     if options.metric and rows is not None and rows.labels is None:
         raise UsageError(f"--metric {options.metric} needs labels, and {data} holds none.", "Add an array 'label'.")
+    material = load_material(model, calibration, alternatives or {})
     with explained_storage(cache_folder(), "Free some space or set ONECARD_CACHE to another folder."):
-        search = Search(model, options, rows, observe)
+        search = Search(model, options, rows, observe, material)
         evidence = msgspec.structs.replace(search.run(), command=command)
     return publish(out, evidence, search.folder), evidence
 

@@ -37,6 +37,11 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="State dict: .safetensors, .pt or .pth.")] = None,
     data: Annotated[str | None, typer.Option(help="Labelled data: .npz, .safetensors or module:callable.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Representative rows for INT8/FP8 scales; by default those of --data.")
+    ] = None,
+    pruned: Annotated[Path | None, typer.Option(help="A .pt2 file that 'onecard prune' wrote, to try as well.")] = None,
+    qat: Annotated[Path | None, typer.Option(help="A .pt2 file that 'onecard qat' wrote, to try as well.")] = None,
     metric: Annotated[str, typer.Option(help="accuracy, top5, f1, recall@5 ..., or module:callable.")] = "",
     objective: Annotated[str, typer.Option(help="latency, throughput, memory or size.")] = "latency",
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to build for and time. Repeat it.")] = None,
@@ -76,7 +81,16 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
     _err.print(f"Inputs: {escape(str(loaded.spec))}")
     with LiveView(_err) as view:
         command = shlex.join(["onecard", *sys.argv[1:]])
-        out, evidence = make_bundle(loaded, settled, output=output, data=data, observe=view.update, command=command)
+        out, evidence = make_bundle(
+            loaded,
+            settled,
+            output=output,
+            data=data,
+            calibration=calibration,
+            alternatives={name: path for name, path in (("pruned", pruned), ("qat", qat)) if path},
+            observe=view.update,
+            command=command,
+        )
     print_table(evidence, _out, out)
 
 
@@ -166,8 +180,9 @@ def doctor(
 
 
 def _thresholds(texts: list[str]) -> dict[str, float]:
-    from onecard.recipe import PRECISIONS
+    from onecard.recipe import COMPRESSIONS, PRECISIONS
 
+    known = (*PRECISIONS, *COMPRESSIONS)
     found: dict[str, float] = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -175,8 +190,8 @@ def _thresholds(texts: list[str]) -> dict[str, float]:
             found[name] = float(value)
         except ValueError:
             raise UsageError(f"cannot read --threshold '{text}':", "write it like bf16=0.1.") from None
-        if name not in PRECISIONS:
-            raise UsageError(f"unknown precision '{name}': expected one of {', '.join(PRECISIONS)}.")
+        if name not in known:
+            raise UsageError(f"unknown precision '{name}': expected one of {', '.join(known)}.")
     return found
 
 

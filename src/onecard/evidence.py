@@ -149,6 +149,51 @@ class Metric(msgspec.Struct, frozen=True):
         return self.original - self.value
 
 
+class LayerError(msgspec.Struct, frozen=True):
+    """How far the model's answer moves (relative L2) when this one layer alone is compressed."""
+
+    layer: str
+    error: float
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """One attempt at compressing: a calibration method, and the layers kept in higher precision.
+
+    ``error`` is the relative L2 of the answers against the original's on the judged rows, ``metric`` the
+    task's figure on labelled data, or None.
+    """
+
+    method: str
+    kept: tuple[str, ...] = ()
+    error: float = 0.0
+    metric: float | None = None
+    passed: bool = False
+
+
+class Compression(msgspec.Struct, frozen=True):
+    """What compressing a model came to: every trial, and the one that stands.
+
+    Args:
+        scheme: the transform's name (``int8``, ``fp8`` ...).
+        layers: how many layers could be compressed.
+        method: the calibration method that was chosen, or empty where there is nothing to choose.
+        kept: the layers left in higher precision.
+        trials: all attempts in their order.
+        sensitivity: the layers by the error they cause alone, worst first; empty if no layer had to be kept.
+        rows: calibration rows used; 0 where none are needed.
+        notes: what else the user should know.
+    """
+
+    scheme: str
+    layers: int
+    method: str = ""
+    kept: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    sensitivity: tuple[LayerError, ...] = ()
+    rows: int = 0
+    notes: tuple[str, ...] = ()
+
+
 class Candidate(msgspec.Struct, frozen=True):
     """One recipe and all that was found out about it: a row of the report."""
 
@@ -161,6 +206,7 @@ class Candidate(msgspec.Struct, frozen=True):
     seconds: float = 0.0
     command: str = ""
     log: str = ""
+    compression: tuple[Compression, ...] = ()
 
     @property
     def id(self) -> str:

@@ -104,7 +104,7 @@ def _manifest(
     variants = tuple(
         VariantEntry(
             c.recipe,
-            thresholds[c.recipe.precision],
+            thresholds[c.recipe.tolerance],
             _summary(c.measurement),
             needs_source=_needs_source(folder / VARIANTS / c.id),
         )

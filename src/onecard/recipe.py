@@ -5,6 +5,22 @@ from __future__ import annotations
 import msgspec
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "autocast_fp16", "autocast_bf16")
+"""The arithmetic of what is not compressed."""
+
+COMPRESSIONS = (
+    "int8_weights",
+    "fp8",
+    "fp8_tensor",
+    "fp8_static",
+    "int8_dynamic",
+    "int8",
+    "int4_weights",
+    "qat",
+    "sparse24",
+    "unstructured",
+    "pruned",
+)
+"""The transforms that lose something of the model itself, from the finest to the coarsest."""
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -32,6 +48,16 @@ class Recipe(msgspec.Struct, frozen=True):
     def precision(self) -> str:
         """The arithmetic its answers come from, one of :data:`PRECISIONS`."""
         return next((t for t in (*self.transforms, self.mode) if t in PRECISIONS), "fp32")
+
+    @property
+    def compressions(self) -> tuple[str, ...]:
+        """Those of its transforms that lose something of the model, in order."""
+        return tuple(t for t in self.transforms if t in COMPRESSIONS)
+
+    @property
+    def tolerance(self) -> str:
+        """Whose threshold its answers are held to: its coarsest compression, or else its precision."""
+        return max(self.compressions, key=COMPRESSIONS.index) if self.compressions else self.precision
 
 
 ORIGINAL = Recipe("eager")

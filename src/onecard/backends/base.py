@@ -13,6 +13,7 @@ from onecard.spec import Bucket, Spec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from onecard.calibration.bench import Bench
     from onecard.models.flat import FlatModule
 
 Tensors = dict[str, "Tensor"]
@@ -31,6 +32,7 @@ class Target:
         shared: a folder of the variant where artifacts of its buckets may share files.
         work: a folder for the backend's own caches while building; it does not ship.
         memo: what the artifacts of one variant may share in memory while it is loaded (weights, mostly).
+        bench: calibration rows and the judge of compressed trials; only while building.
     """
 
     recipe: Recipe
@@ -41,6 +43,11 @@ class Target:
     shared: Path
     work: Path | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
+    bench: Bench | None = None
+
+    def native(self, backend: Backend) -> str:
+        """The one transform of the recipe that the backend does itself, or empty."""
+        return next((t for t in self.recipe.transforms if t in native_transforms(backend)), "")
 
 
 class Runner(Protocol):
@@ -60,7 +67,11 @@ class Runner(Protocol):
 
 
 class Backend(Protocol):
-    """One way to run a module. Stateless; made anew for every use."""
+    """One way to run a module. Stateless; made anew for every use.
+
+    A backend with a quantiser of its own lists the transforms that it does itself, while it builds, in a class
+    attribute ``native`` (a frozenset of names); the module then comes without them.
+    """
 
     def available(self, target: Target) -> Verdict | None:
         """None if it can run here, else a verdict ``unavailable`` with its cure. Must be cheap."""
@@ -85,3 +96,9 @@ class Backend(Protocol):
     def load(self, folder: Path, target: Target) -> Runner:
         """Make a runner from an artifact, in a process that has not seen the model."""
         ...
+
+
+def native_transforms(backend: Backend) -> frozenset[str]:
+    """The names of the transforms that a backend does itself."""
+    found: frozenset[str] = getattr(backend, "native", frozenset())
+    return found

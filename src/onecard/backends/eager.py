@@ -1,8 +1,9 @@
 """PyTorch itself: the module as Python code, in inference mode.
 
 Where installed code can build the model again (a factory, torchvision, timm, transformers), the artifact is
-only a note, and loading builds the original from the bundle's source and applies the transforms. A live module
-ships as an exported program of the transformed module, whose graph is then run operator by operator.
+only a note, and loading builds the original from the bundle's source and applies the transforms. A live module,
+and one that was compressed, ships as an exported program of the transformed module, whose graph is then run
+operator by operator.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class EagerBackend:
 
     def build(self, module: FlatModule, inputs: Tensors, folder: Path, target: Target) -> None:
         header = msgspec.json.decode((target.source / "source.json").read_bytes(), type=_SourceHeader)
-        road = "program" if header.origin.kind == "live" else "source"
+        road = "program" if header.origin.kind == "live" or target.recipe.compressions else "source"
         if road == "program":
             save_exported(export_program(module, inputs, target), folder / _PROGRAM)
         (folder / _NOTE).write_bytes(msgspec.json.encode(_Note(road)))

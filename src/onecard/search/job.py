@@ -4,6 +4,8 @@
     <job>/notes.json                    what loading and saving the original had to say
     <job>/source/                       the original
     <job>/data.safetensors              rows of the user's data, if any
+    <job>/calibration.safetensors       rows to calibrate on, if other than those
+    <job>/alternatives/                 pruned.pt2, qat.pt2: programs in the original's place, if any
     <job>/reference/                    the original's answers
     <job>/candidates/<recipe>/variant/  the artifacts, as they will ship
     <job>/candidates/<recipe>/build.json, result.json, log.txt, stage
@@ -23,7 +25,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from onecard.environment import Environment, fingerprint
-from onecard.evidence import Measurement, Metric, OutputError, Timing, Verdict
+from onecard.evidence import Compression, Measurement, Metric, OutputError, Timing, Verdict
 from onecard.models.model import Model
 from onecard.recipe import Recipe
 from onecard.spec import Bucket, Spec
@@ -61,6 +63,7 @@ class BuildResult(msgspec.Struct, frozen=True):
     verdict: Verdict
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    compression: tuple[Compression, ...] = ()
 
 
 class RunResult(msgspec.Struct, frozen=True):
@@ -91,6 +94,8 @@ class JobFolder:
         self.source = root / "source"
         self.notes = root / "notes.json"
         self.data = root / "data.safetensors"
+        self.calibration = root / "calibration.safetensors"
+        self.alternatives = root / "alternatives"
         self.reference = root / "reference"
         self.playoff = root / "playoff.json"
 

@@ -17,6 +17,8 @@ from onecard.recipe import ORIGINAL, Recipe
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TF32_SINCE = 8.0  # compute capability: Ampere
+_FP8_SINCE = 8.9  # Ada Lovelace, Hopper
+_SPARSE_SINCE = 8.0  # Ampere
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -35,7 +37,11 @@ MODES = {
 
 @dataclass(frozen=True)
 class Traits:
-    """What decides which recipes apply: layers of the model, symbols of the spec, abilities of the card."""
+    """What decides which recipes apply: layers of the model, symbols of the spec, abilities of the card.
+
+    ``rows`` tells that there is data, without which nobody could say what a compression costs; ``alternatives``
+    are the names of the programs that may take the original's place.
+    """
 
     convs: bool
     norms: bool
@@ -44,20 +50,31 @@ class Traits:
     cuda: bool
     tf32: bool
     cpu_bf16: bool
+    linears: bool = False
+    fp8: bool = False
+    sparse: bool = False
+    rows: bool = False
+    alternatives: tuple[str, ...] = ()
 
 
-def traits_of(model: Model, environment: Environment) -> Traits:
-    """Look at a model and a machine."""
+def traits_of(model: Model, environment: Environment, rows: bool = False, alternatives: tuple[str, ...] = ()) -> Traits:
+    """Look at a model and a machine, and at what the user gave beside them."""
     layers = list(model.flat.inner.modules())
     card = environment.card
+    capability = float(card.compute_capability) if card else 0.0
     return Traits(
         convs=any(isinstance(m, _CONVS) for m in layers),
         norms=any(isinstance(m, _NORMS) for m in layers),
         symbols=any(r.low < r.high for r in model.spec.symbols.values()),
         onnx=model.origin.kind == "onnx",
         cuda=card is not None,
-        tf32=card is not None and float(card.compute_capability) >= _TF32_SINCE,
+        tf32=capability >= _TF32_SINCE,
         cpu_bf16=not _BF16_FLAGS.isdisjoint(environment.cpu_flags),
+        linears=any(isinstance(m, nn.Linear) for m in layers),
+        fp8=capability >= _FP8_SINCE,
+        sparse=capability >= _SPARSE_SINCE,
+        rows=rows,
+        alternatives=alternatives,
     )
 
 
@@ -69,6 +86,10 @@ def default_recipes(traits: Traits) -> list[Recipe]:
         recipes = _cuda_recipes(traits)
     else:
         recipes = _cpu_recipes(traits)
+    if not traits.onnx:
+        recipes += (_cuda_compressed if traits.cuda else _cpu_compressed)(traits)
+    elif traits.rows and not traits.cuda:
+        recipes += [Recipe("onnxruntime", "cpu", ("int8",)), Recipe("openvino", "", ("int8",))]
     recipes += [Recipe(name) for name in plugins()]
     return list(dict.fromkeys([ORIGINAL, *recipes]))
 
@@ -101,20 +122,20 @@ def parse_recipe(text: str, offered: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: an unknown backend or transform; the message lists the recipes on offer.
     """
-    from onecard.transforms import TRANSFORMS
+    from onecard.transforms import COMPRESSORS, TRANSFORMS
 
     body, _, suffix = text.partition("@")
     head, *transforms = body.split("+")
     backend, _, mode = head.partition(".")
     known = {*BACKENDS, *plugins()}
-    unknown = [t for t in transforms if t not in TRANSFORMS]
+    unknown = [t for t in transforms if t not in TRANSFORMS and t not in COMPRESSORS]
     wrong_mode = backend in MODES and mode not in MODES[backend]
     if backend not in known or unknown or wrong_mode or suffix not in ("", "bucket"):
         raise UsageError(
             f"no recipe matches '{text}'.",
             f"On offer here: {', '.join(offered)}. A recipe of your own is BACKEND[.MODE][+TRANSFORM...][@bucket] "
             f"with backends {', '.join(sorted(known))} (modes: {_modes_text()}) "
-            f"and transforms {', '.join(TRANSFORMS)}.",
+            f"and transforms {', '.join((*TRANSFORMS, *COMPRESSORS))}.",
         )
     return Recipe(backend, mode, tuple(transforms), suffix == "bucket")
 
@@ -183,3 +204,50 @@ def _onnx_recipes(traits: Traits) -> list[Recipe]:
     cpu = [Recipe("onnxruntime", "cpu"), Recipe("openvino"), *([Recipe("openvino", "bf16")] if traits.cpu_bf16 else [])]
     cuda = [Recipe("onnxruntime", "cuda"), Recipe("onnxruntime", "tensorrt")]
     return cuda if traits.cuda else cpu
+
+
+def _cpu_compressed(traits: Traits) -> list[Recipe]:
+    """INT8 in each engine's own way, and whatever was trained beside the original."""
+    fold = ("fold_bn",) if traits.norms else ()
+    recipes: list[Recipe] = []
+    if traits.rows:
+        recipes += [
+            Recipe("onnxruntime", "cpu", (*fold, "int8")),
+            Recipe("openvino", "", (*fold, "int8")),
+            Recipe("inductor", "", (*fold, "int8"), static=True),
+        ]
+    if traits.rows and traits.linears and not traits.convs:  # in a convolutional net the linears hardly matter
+        recipes += [
+            Recipe("onnxruntime", "cpu", ("int8_dynamic",)),
+            Recipe("inductor", "", ("int8_dynamic",), static=True),
+            Recipe("openvino", "", ("int8_weights",)),
+        ]
+    for name in traits.alternatives:
+        recipes += [
+            Recipe("onnxruntime", "cpu", (name,)),
+            Recipe("openvino", "", (name,)),
+            Recipe("inductor", "", (name,), static=True),
+        ]
+    if "pruned" in traits.alternatives:
+        recipes.append(Recipe("eager", "", ("pruned",)))
+        if traits.rows:
+            recipes += [
+                Recipe("onnxruntime", "cpu", ("pruned", "int8")),
+                Recipe("openvino", "", ("pruned", "int8")),
+            ]
+    return recipes
+
+
+def _cuda_compressed(traits: Traits) -> list[Recipe]:
+    """Eight bits on tensor cores; on Hopper and Ada that means FP8."""
+    fold = ("fold_bn",) if traits.norms else ()
+    layout = ("channels_last",) if traits.convs else ()
+    half = (*layout, *fold, "fp16")
+    schemes: list[str] = []
+    if traits.rows:
+        schemes += ["fp8", "fp8_static"] if traits.fp8 else ["int8_dynamic", "int8"]
+        schemes += ["sparse24"] if traits.sparse else []
+    recipes = [Recipe("cudagraph", "inductor", (*half, scheme), static=True) for scheme in schemes]
+    for name in traits.alternatives:
+        recipes.append(Recipe("cudagraph", "inductor", (name, *half[len(layout) + len(fold) :]), static=True))
+    return recipes

@@ -31,12 +31,13 @@ from onecard.search.job import (
     read,
     write,
 )
+from onecard.search.material import Material
 from onecard.search.options import Observer, Options, Progress
 from onecard.search.processes import Running, Supervisor, Task, tail, verdict_of_exit
 from onecard.search.recipes import select_recipes, traits_of
 from onecard.spec import default_buckets
 from onecard.verify.compare import THRESHOLDS, threshold_of
-from onecard.verify.data import Dataset, digest_of, save_data
+from onecard.verify.data import Dataset, save_data
 from onecard.verify.reference import read_reference
 
 _MEMORY_SHARE = 0.85  # of the machine's memory, for one worker with its children
@@ -51,24 +52,33 @@ class Search:
         model: the original.
         options: what is asked.
         data: labelled rows, if any.
+        material: what compression may use beside them.
         observe: called several times a second with the state.
     """
 
     def __init__(
-        self, model: Model, options: Options, data: Dataset | None = None, observe: Observer | None = None
+        self,
+        model: Model,
+        options: Options,
+        data: Dataset | None = None,
+        observe: Observer | None = None,
+        material: Material | None = None,
     ) -> None:
         if options.objective not in OBJECTIVES:
             raise UsageError(f"unknown objective '{options.objective}': expected one of {', '.join(OBJECTIVES)}.")
         self.options = options
         self.model = model
         self.environment = detect(options.device)
-        self.recipes = select_recipes(traits_of(model, self.environment), options.recipes)
+        self._data = data
+        self._material = material or Material()
+        rows = data is not None or self._material.calibration is not None
+        traits = traits_of(model, self.environment, rows, tuple(self._material.alternatives))
+        self.recipes = select_recipes(traits, options.recipes)
         self.buckets = tuple(default_buckets(model.spec, options.batches))
         self.done: dict[str, Candidate] = {}
         self.resumed = 0
         self.phase = "preparing"
         self.interrupted = False
-        self._data = data
         self._observe = observe or (lambda progress: None)
         self._started = time.monotonic()
         self._start_time = datetime.now(timezone.utc)
@@ -133,9 +143,7 @@ class Search:
             self.options.metric,
             self.options.max_drop,
         )
-        folder = JobFolder(
-            cache_folder() / "searches" / job_key(self.model, job, digest_of(self._data) if self._data else "")
-        )
+        folder = JobFolder(cache_folder() / "searches" / job_key(self.model, job, self._material.digest(self._data)))
         if self.options.fresh:
             shutil.rmtree(folder.root, ignore_errors=True)
         if not folder.job.exists():
@@ -145,6 +153,7 @@ class Search:
             write(folder.notes, notes)
             if self._data is not None:
                 save_data(self._data, folder.data)
+            self._material.save(folder.calibration, folder.alternatives)
             write(folder.job, job)
         return folder
 
@@ -309,6 +318,7 @@ class Search:
             seconds=build.seconds + result.seconds,
             command=self._command(recipe),
             log=tail(place.log) if not result.verdict.ok else "",
+            compression=build.compression,
         )
         self._observe(self.progress())
         return True

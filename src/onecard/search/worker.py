@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib
-import math
 import os
 import shutil
 import signal
@@ -26,15 +25,17 @@ import torch
 from torch import Tensor
 
 from onecard.backends import get_backend
+from onecard.backends.base import native_transforms
 from onecard.bundle.variant import VariantRunner, artifact_targets, load_variant
-from onecard.errors import DataError, MissingDependencyError, Unsupported
-from onecard.evidence import Measurement, Metric, Timing, Verdict
+from onecard.errors import MissingDependencyError, Unsupported
+from onecard.evidence import Compression, Measurement, Metric, Timing, Verdict
 from onecard.inputs import make_inputs
 from onecard.measure.card import CardSampler, is_throttled
 from onecard.measure.memory import MemoryWatch
 from onecard.measure.timer import Effort, Stopwatch, measure, no_garbage_collection, rotation
 from onecard.models.source import load_source, read_source
 from onecard.recipe import Recipe
+from onecard.search.bench import load_rows, make_bench
 from onecard.search.job import BuildResult, CandidateFolder, Job, JobFolder, PlayoffResult, RunResult, write
 from onecard.search.processes import ON_CALL, PARENT
 from onecard.search.recipes import parse_recipe
@@ -43,13 +44,12 @@ from onecard.transforms import apply_transforms
 from onecard.transforms.precision import precision_scope
 from onecard.verify.cases import Case, make_cases
 from onecard.verify.compare import compare
-from onecard.verify.data import Dataset, batches, load_data
+from onecard.verify.data import Dataset
+from onecard.verify.evaluate import answers_of, evaluate
 from onecard.verify.gate import Gate
-from onecard.verify.metrics import get_metric
 from onecard.verify.reference import Run, compute_reference, read_reference, to_device, write_reference
 
 _PR_SET_PDEATHSIG = 1
-_METRIC_BATCH = 32
 _GLANCE = Effort(0.1, 0.1, 0.05, 3, 20)  # for a wrong variant: enough to say what it would have been worth
 _MAX_PLAYOFFS = 2  # a round in which the card slowed itself down is played again
 
@@ -82,7 +82,7 @@ def make_reference(folder: JobFolder) -> None:
     job = folder.read_job()
     model = load_source(folder.source, allow_live=True)
     module = model.flat.to(job.device)
-    data = _load_data(folder, job)
+    data = load_rows(folder, job)
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode(), precision_scope("fp32"):
@@ -103,13 +103,14 @@ def build_candidate(folder: JobFolder, recipe: Recipe) -> None:
     """Build every artifact of a recipe and write the verdict."""
     place = folder.candidate(recipe)
     started = time.perf_counter()
+    found: list[Compression] = []
     with warnings.catch_warnings(record=True) as caught:
-        verdict = _guarded(lambda: _build(folder, recipe, place))
+        verdict = _guarded(lambda: _build(folder, recipe, place, found))
     seconds = time.perf_counter() - started
-    write(place.build, BuildResult(verdict, seconds, _texts(caught)))
+    write(place.build, BuildResult(verdict, seconds, _texts(caught), tuple(found)))
 
 
-def _build(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> Verdict:
+def _build(folder: JobFolder, recipe: Recipe, place: CandidateFolder, found: list[Compression]) -> Verdict:
     job = folder.read_job()
     shutil.rmtree(place.variant, ignore_errors=True)
     place.variant.mkdir(parents=True)
@@ -122,15 +123,20 @@ def _build(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> Verdict
     inputs = to_device(make_inputs(job.spec, example), job.device)
     _stage(place, "loading the model")
     module = load_source(folder.source, allow_live=True).flat.to(job.device)
-    module = apply_transforms(module, recipe.transforms, inputs)
-    for artifact, target in targets:
-        _stage(place, f"building {artifact.name}")
-        artifact.mkdir()
-        bucket = target.bucket if target.bucket is not None else example
-        inputs = to_device(make_inputs(job.spec, bucket), job.device)
-        with precision_scope(recipe.precision):
-            backend.build(module, inputs, artifact, dataclasses.replace(target, work=place.root / "work"))
-    shutil.rmtree(place.root / "work", ignore_errors=True)
+    work, bench = place.root / "work", None
+    if recipe.compressions:
+        work.mkdir(exist_ok=True)
+        bench = make_bench(folder, recipe, module, inputs, lambda text: _stage(place, text), found)
+    ours = [name for name in recipe.transforms if name not in native_transforms(backend)]
+    with precision_scope(recipe.precision):
+        module = apply_transforms(module, ours, inputs, bench)
+        for artifact, target in targets:
+            _stage(place, f"building {artifact.name}")
+            artifact.mkdir()
+            bucket = target.bucket if target.bucket is not None else example
+            inputs = to_device(make_inputs(job.spec, bucket), job.device)
+            backend.build(module, inputs, artifact, dataclasses.replace(target, work=work, bench=bench))
+    shutil.rmtree(work, ignore_errors=True)
     return Verdict("ok")
 
 
@@ -158,7 +164,7 @@ def run_candidate(folder: JobFolder, recipe: Recipe, limit_s: float) -> None:
 
 def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult:
     job = folder.read_job()
-    data = _load_data(folder, job)
+    data = load_rows(folder, job)
     card, memory = CardSampler(job.device), MemoryWatch(job.device)
     _stage(place, "loading")
     started = time.perf_counter()
@@ -172,7 +178,7 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
         job.spec,
         read_reference(folder.reference),
         folder.reference,
-        job.thresholds[recipe.precision],
+        job.thresholds[recipe.tolerance],
         job.device,
         data.inputs if data else None,
         only_sane=bool(job.metric),
@@ -201,7 +207,7 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
 def play_off(folder: JobFolder, recipes: list[Recipe]) -> None:
     """Load the finalists together and time them in turn, A B C A B C, so that drift hits all alike."""
     job = folder.read_job()
-    data = _load_data(folder, job)
+    data = load_rows(folder, job)
     card = CardSampler(job.device)
     runners: dict[str, VariantRunner] = {}
     absent: dict[str, str] = {}
@@ -254,27 +260,8 @@ def _effort(job: Job) -> Effort:
 
 
 def _evaluate(run: Run, job: Job, data: Dataset) -> float:
-    """The metric of a variant over all of the data, in batches that it serves."""
-    parts: list[dict[str, Tensor]] = []
-    for part in batches(data, _metric_batch(job)):
-        outputs = run(to_device(part.inputs, job.device))
-        parts.append({name: out.detach().cpu() for name, out in outputs.items()})
-    joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-    if data.labels is None:
-        raise DataError("the metric needs labels.", "Put them beside the inputs as 'label'.")
-    value = float(get_metric(job.metric)(joined, data.labels))
-    if not math.isfinite(value):
-        raise DataError(f"the metric {job.metric} gave {value}, expected a finite number.")
-    return value
-
-
-def _metric_batch(job: Job) -> int:
-    """Rows a call: what the spec allows at most, or the fixed size of the first dimension."""
-    batch = job.spec.batch_symbol
-    if batch:
-        return min(_METRIC_BATCH, job.spec.symbols[batch].high)
-    first = job.spec.inputs[0].shape[0]
-    return first if isinstance(first, int) else 1
+    """The metric of a variant over all of the data."""
+    return evaluate(answers_of(run, job.spec, data, job.device), data, job.metric)
 
 
 def _judge_metric(metric: Metric, max_drop: float) -> Verdict:
@@ -303,10 +290,6 @@ def _fp64_error(
     return max(
         (compare(name, single[name].double(), out, case.name).relative_l2 for name, out in exact.items()), default=None
     )
-
-
-def _load_data(folder: JobFolder, job: Job) -> Dataset | None:
-    return load_data(str(folder.data), job.spec) if folder.data.exists() else None
 
 
 def _guarded(work: Callable[[], Verdict]) -> Verdict:

@@ -23,9 +23,21 @@ THRESHOLDS = {
     "autocast_fp16": Threshold(2e-2, 0.9995),
     "bf16": Threshold(6e-2, 0.998),
     "autocast_bf16": Threshold(6e-2, 0.998),
+    "int8_weights": Threshold(6e-2, 0.998),
+    "fp8": Threshold(0.1, 0.995),
+    "fp8_tensor": Threshold(0.1, 0.995),
+    "fp8_static": Threshold(0.1, 0.995),
+    "int8_dynamic": Threshold(0.1, 0.995),
+    "int8": Threshold(0.15, 0.985),
+    "int4_weights": Threshold(0.2, 0.98),
+    "qat": Threshold(0.3, 0.95),
+    "sparse24": Threshold(0.3, 0.95),
+    "unstructured": Threshold(0.3, 0.95),
+    "pruned": Threshold(0.3, 0.95),
 }
-"""By precision. A deep network multiplies one rounding error (2^-11 in fp16, 2^-9 in bf16) by about
-ten to twenty; a wrong kernel is off by far more."""
+"""By precision or compression. A deep network multiplies one rounding error (2^-11 in fp16, 2^-9 in bf16) by
+about ten to twenty; a wrong kernel is off by far more. A compression changes the model itself: its limit only
+tells a changed model from a broken one, and what the change is worth, labelled data must say."""
 
 
 def threshold_of(relative_l2: float) -> Threshold:

@@ -15,11 +15,13 @@ from onecard.recipe import ORIGINAL, Recipe
 from onecard.search.recipes import Traits, default_recipes, parse_recipe, select_recipes, traits_of
 from tests.unit.report.evidence_sample import environment
 
-NONE = Traits(*[False] * len(Traits.__dataclass_fields__))
+FLAGS = [name for name in Traits.__dataclass_fields__ if name != "alternatives"]
+NONE = Traits(*[False] * len(FLAGS))
 
 
 def traits(*names: str) -> Traits:
-    return Traits(**{name: name in names for name in Traits.__dataclass_fields__})
+    programs = tuple(name for name in ("pruned", "qat") if name in names)
+    return Traits(**{name: name in names for name in FLAGS}, alternatives=programs)
 
 
 def ids(*names: str) -> list[str]:
@@ -27,8 +29,8 @@ def ids(*names: str) -> list[str]:
 
 
 def test_the_original_is_always_first_and_nothing_comes_twice():
-    for flags in itertools.product([False, True], repeat=len(Traits.__dataclass_fields__)):
-        recipes = default_recipes(Traits(*flags))
+    for flags in itertools.product([False, True], repeat=len(FLAGS)):
+        recipes = default_recipes(Traits(*flags, alternatives=("pruned", "qat")))
         assert recipes[0] == ORIGINAL
         assert len(set(recipes)) == len(recipes) > 1
 
@@ -45,6 +47,23 @@ def test_the_card_decides_about_engines_and_precision():
     assert "eager+tf32" in ids("cuda", "tf32")
     assert not [name for name in ids() if "cuda" in name or "16" in name]
     assert "openvino.bf16" in ids("cpu_bf16")
+
+
+def test_compression_is_offered_where_its_loss_can_be_known():
+    assert not [r for r in default_recipes(traits("convs", "linears", "norms")) if r.compressions]
+    assert "onnxruntime.cpu+fold_bn+int8" in ids("convs", "norms", "rows")
+    assert "onnxruntime.cpu+int8_dynamic" in ids("linears", "rows")
+    assert "onnxruntime.cpu+int8_dynamic" not in ids("linears", "convs", "rows")
+    assert "cudagraph.inductor+fp16+fp8@bucket" in ids("cuda", "fp8", "rows")
+    assert not [name for name in ids("cuda", "rows") if "fp8" in name or "sparse24" in name]
+
+
+def test_programs_in_the_originals_place_are_tried_in_every_engine():
+    assert {"eager+pruned", "onnxruntime.cpu+pruned", "openvino+pruned", "inductor+qat@bucket"} <= {
+        *ids("pruned", "qat")
+    }
+    assert "onnxruntime.cpu+pruned+int8" in ids("pruned", "rows")
+    assert "cudagraph.inductor+pruned+fp16@bucket" in ids("cuda", "pruned")
 
 
 def test_a_dynamic_engine_is_only_worth_it_where_sizes_change():
@@ -68,9 +87,10 @@ def test_traits_are_read_from_the_model_and_the_machine():
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), inputs=["x: float32[B,3,8,8], B=1..4"]
     )
     on_gpu = traits_of(model, environment())
-    assert on_gpu == traits("convs", "norms", "symbols", "cuda", "tf32")
+    assert on_gpu == traits("convs", "norms", "symbols", "cuda", "tf32", "fp8", "sparse")
     turing = msgspec.structs.replace(environment(), card=Card("T4", "7.5", 1 << 34, "580"))
-    assert not traits_of(model, turing).tf32
+    old = traits_of(model, turing)
+    assert not (old.tf32 or old.fp8 or old.sparse)
     cpu = msgspec.structs.replace(environment(), card=None, device="cpu", cpu_flags=("avx2", "amx_bf16"))
     assert traits_of(model, cpu) == traits("convs", "norms", "symbols", "cpu_bf16")
 
@@ -78,7 +98,8 @@ def test_traits_are_read_from_the_model_and_the_machine():
 def test_a_fixed_model_without_convolutions_has_none_of_them():
     model = load_model(nn.Linear(3, 4), inputs=["x: float32[2,3]"])
     cpu = msgspec.structs.replace(environment(), card=None, device="cpu", cpu_flags=())
-    assert traits_of(model, cpu) == NONE
+    assert traits_of(model, cpu) == traits("linears")
+    assert traits_of(model, cpu, True, ("qat",)) == traits("linears", "rows", "qat")
 
 
 def test_no_pattern_means_all():

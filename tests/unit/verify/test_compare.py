@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from onecard.evidence import INCOMPARABLE
-from onecard.recipe import PRECISIONS
+from onecard.recipe import COMPRESSIONS, PRECISIONS
 from onecard.verify.compare import THRESHOLDS, compare, decisive_flips, looks_like_logits, worst_row
 
 NAN, INF = float("nan"), float("inf")
@@ -15,7 +15,7 @@ def logits(rows: int = 6, classes: int = 10) -> torch.Tensor:
 
 
 def test_every_precision_has_a_threshold():
-    assert set(THRESHOLDS) == set(PRECISIONS)
+    assert set(THRESHOLDS) == {*PRECISIONS, *COMPRESSIONS}
 
 
 def test_equal_answers():
