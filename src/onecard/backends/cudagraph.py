@@ -50,7 +50,7 @@ class CudaGraphRunner:
         example = make_inputs(target.spec, target.bucket or {})
         self._inputs = {name: tensor.to(target.device) for name, tensor in example.items()}
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
+        pool, stream = _shared(target)
         stream.wait_stream(torch.cuda.current_stream(target.device))
         with torch.inference_mode():
             with torch.cuda.stream(stream):
@@ -58,7 +58,8 @@ class CudaGraphRunner:
                     inner(self._inputs)
             torch.cuda.current_stream(target.device).wait_stream(stream)
             try:
-                with torch.cuda.graph(self._graph, pool=_pool(target.device)):
+                torch.cuda.empty_cache()  # what warming up left behind would never be used again
+                with torch.cuda.graph(self._graph, pool=pool, stream=stream):
                     self._outputs: dict[str, Tensor] = inner(self._inputs)
             except RuntimeError as error:
                 if "captur" not in str(error):
@@ -75,19 +76,22 @@ class CudaGraphRunner:
         return {name: output.clone() for name, output in self._outputs.items()}
 
     def close(self) -> None:
-        self._graph.reset()
         self._outputs = {}
+        self._graph.reset()
         self._inner.close()
 
 
-_pools: dict[str, Any] = {}
+def _shared(target: Target) -> tuple[Any, torch.cuda.Stream]:
+    """The memory pool and the stream that all graphs of one variant share: they never run at the same time.
 
-
-def _pool(device: str) -> Any:
-    """One memory pool for all graphs of a device: they never run at the same time, so they may share it."""
-    if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
-    return _pools[device]
+    Not more than one variant, because two of them may; and because a pool is gone for good when its last graph is.
+    """
+    key = "cuda graph"
+    if key not in target.memo:
+        stream = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
+        target.memo[key] = torch.cuda.graph_pool_handle(), stream
+    shared: tuple[Any, torch.cuda.Stream] = target.memo[key]
+    return shared
 
 
 def _inner_target(target: Target) -> Target:
