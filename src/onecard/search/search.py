@@ -17,6 +17,7 @@ from onecard.environment import detect
 from onecard.errors import InterruptedSearch, SearchError, UsageError
 from onecard.evidence import Candidate, Evidence, Verdict
 from onecard.host import cache_folder
+from onecard.measure.card import is_throttled
 from onecard.models.model import Model
 from onecard.models.source import save_source
 from onecard.recipe import ORIGINAL, Recipe
@@ -361,6 +362,7 @@ class Search:
 
     def _evidence(self, playoff: PlayoffResult, notes: list[str]) -> Evidence:
         notes += [f"{name} could not take part in the play-off: {why}" for name, why in playoff.absent.items()]
+        notes += _throttled_notes(playoff)
         if self.interrupted:
             notes.append("the search was interrupted; run the same command again to finish it")
         evidence = Evidence(
@@ -388,6 +390,19 @@ class Search:
             pareto=choice.pareto,
             notes=(*notes, *choice.notes),
         )
+
+
+def _throttled_notes(playoff: PlayoffResult) -> list[str]:
+    """Say at which buckets the card held itself back in the play-off, and why."""
+    reasons: dict[str, set[str]] = {}
+    for timing in (t for timings in playoff.timings.values() for t in timings):
+        if is_throttled(timing.after):
+            reasons.setdefault(timing.label or "the one size", set()).update(timing.after.throttle)
+    return [
+        f"the card slowed itself down in the play-off at {label} ({', '.join(sorted(why))}), twice in a row: "
+        "that is its lasting speed under this load, and all finalists met it alike"
+        for label, why in reasons.items()
+    ]
 
 
 def _artifact_of(recipe: Recipe) -> Recipe | None:
