@@ -44,6 +44,8 @@ def advice(evidence: Evidence) -> tuple[Advice, ...]:
         _idle_card,
         _small_batch,
         _long_first_call,
+        _compressed_fell,
+        _not_compressed,
         _no_metric,
         _nothing_won,
     )
@@ -206,6 +208,32 @@ def _long_first_call(evidence: Evidence) -> Iterator[Advice]:
             "Warm the variant up before it gets traffic.",
             f"Its first call in a new process takes {fmt.duration_ms(longest)}.",
             (evidence.chosen,),
+        )
+
+
+def _compressed_fell(evidence: Evidence) -> Iterator[Advice]:
+    fallen = [c for c in _failed(evidence, "wrong") if c.recipe.compressions]
+    if not fallen:
+        return
+    schemes = ", ".join(dict.fromkeys(name for c in fallen for name in c.recipe.compressions))
+    rows = max((found.rows for c in fallen for found in c.compression), default=0)
+    given = f", more than the {rows:,} used here" if rows else ""
+    kept = any(trial.kept for c in fallen for found in c.compression for trial in found.trials)
+    tried = ", even with the most sensitive layers kept in higher precision" if kept else ""
+    trained = any(not {"qat", "pruned"}.isdisjoint(c.recipe.compressions) for c in fallen)
+    train = "Train for more epochs" if trained else "Train with the rounding in place ('onecard qat', then --qat)"
+    yield Advice(
+        f"{train}, or give more calibration rows with --calibration{given}.",
+        f"{len(fallen)} compressed variant{'s' * (len(fallen) > 1)} ({schemes}) fell at the gate{tried}.",
+        _ids(fallen),
+    )
+
+
+def _not_compressed(evidence: Evidence) -> Iterator[Advice]:
+    if not any(c.compression or c.recipe.compressions for c in evidence.candidates):
+        yield Advice(
+            "Give representative inputs with --calibration, or labelled ones with --data: then INT8 and FP8 are tried.",
+            "Without data there is nothing to set their scales by, nor to say what they cost.",
         )
 
 

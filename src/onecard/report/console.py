@@ -17,6 +17,7 @@ from onecard.evidence import Candidate, Evidence
 from onecard.report import figures
 from onecard.report import format as fmt
 from onecard.report.advice import advice
+from onecard.report.compression import compressed, in_short
 from onecard.spec import Bucket
 
 _STYLES = {"ok": "green", "slower": "dim", "unavailable": "dim", "unsupported": "dim", "skipped": "dim"}
@@ -58,6 +59,7 @@ def print_table(evidence: Evidence, console: Console, bundle: Path | None = None
     console.print(_table(evidence, rows, console))
     console.print()
     _print_reasons([c for c in rows if c.verdict.reason != "ok"], console)
+    _print_compression(evidence, console)
     _print_warnings(rows, console)
     _print_advice(evidence, console)
     _print_outcome(evidence, console)
@@ -181,6 +183,12 @@ def _print_reasons(failed: Sequence[Candidate], console: Console) -> None:
                 console.print(
                     Padding(Text(_plain(text, console), style=style), (0, 0, 0, 2), expand=False), highlight=False
                 )
+
+
+def _print_compression(evidence: Evidence, console: Console) -> None:
+    """One line for each compressed candidate; the page has the trials and layers."""
+    for candidate in compressed(evidence):
+        _say(console, f"{candidate.id}: {'; '.join(in_short(found) for found in candidate.compression)}")
 
 
 def _print_warnings(rows: Sequence[Candidate], console: Console) -> None:

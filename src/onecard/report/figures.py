@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from onecard.evidence import Candidate, Evidence, Rank, Timing
@@ -27,21 +26,6 @@ LABELS = {
     "skipped": ("○", "skipped"),
 }
 _ORDER = {reason: position for position, reason in enumerate(LABELS)}
-
-
-@dataclass(frozen=True)
-class Step:
-    """Two recipes that differ in one thing, and what that thing gained at a bucket."""
-
-    changed: str
-    base: Candidate
-    result: Candidate
-    before_ms: float
-    after_ms: float
-
-    @property
-    def gain(self) -> float:
-        return self.before_ms / self.after_ms
 
 
 def by_throughput(evidence: Evidence) -> bool:
@@ -117,35 +101,6 @@ def worst_agreement(candidate: Candidate) -> float | None:
     """The lowest top-1 agreement over the outputs that have one."""
     known = [e.top1_agreement for e in candidate.errors if e.top1_agreement is not None]
     return min(known, default=None)
-
-
-def steps(evidence: Evidence, bucket: Bucket) -> list[Step]:
-    """Pairs of timed recipes that differ by one transform, or by the backend alone, best gain first."""
-    timed = [c for c in evidence.candidates if _sound(c.measurement.timing(bucket))]
-    found = []
-    for base in timed:
-        for result in timed:
-            changed = _difference(base, result)
-            if changed:
-                before, after = base.measurement.timing(bucket), result.measurement.timing(bucket)
-                assert before is not None and after is not None  # both were filtered above
-                found.append(Step(changed, base, result, before.median_ms, after.median_ms))
-    return sorted(found, key=lambda step: -step.gain)
-
-
-def _difference(base: Candidate, result: Candidate) -> str:
-    """The one thing ``result`` has and ``base`` has not, or nothing if that is not all."""
-    old, new = base.recipe, result.recipe
-    if (old.backend, old.mode, old.static) == (new.backend, new.mode, new.static):
-        if len(new.transforms) != len(old.transforms) + 1:
-            return ""
-        for position, name in enumerate(new.transforms):
-            if new.transforms[:position] + new.transforms[position + 1 :] == old.transforms:
-                return f"+ {name}"
-        return ""
-    if old.backend == ORIGINAL.backend != new.backend and old.transforms == new.transforms and not old.mode:
-        return f"→ {new.id.partition('+')[0]}"
-    return ""
 
 
 def outcome(evidence: Evidence) -> list[Fragment]:

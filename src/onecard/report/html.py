@@ -13,11 +13,11 @@ from string import Template
 
 from onecard.errors import StorageError
 from onecard.evidence import Evidence
-from onecard.report import figures, plots
+from onecard.report import compression, figures, plots, steps
 from onecard.report import format as fmt
 from onecard.report.about import card_table, environment_table, how_to_load, search_table
 from onecard.report.advice import advice
-from onecard.report.table import bucket_class, candidates_table, code, steps_table
+from onecard.report.table import bucket_class, candidates_table, code
 from onecard.spec import Bucket
 
 _UNIT = re.compile(r"(?<=\d) (?=(?:ms|µs|s|rows/s)\b|%)")
@@ -70,7 +70,8 @@ def _body(evidence: Evidence, bundle: str) -> str:
     sections = [
         _section("Every candidate", candidates_table(evidence), _picker(evidence) + _how_to_read(evidence)),
         _section("What the figures look like", _plots(evidence), _picker_again(evidence)),
-        _section("What each step gained", _per_bucket(evidence, steps_table), _STEPS_NOTE),
+        _section("What each step gained and lost", _waterfalls(evidence) + steps.steps_table(evidence), _STEPS_NOTE),
+        _section("Compression", compression.section(evidence), _COMPRESSION_NOTE),
         _section("What to try next", _advice(evidence)),
         _section("Load it", how_to_load(evidence, bundle)),
         _section("How it was measured", environment_table(evidence) + card_table(evidence) + search_table(evidence)),
@@ -79,8 +80,13 @@ def _body(evidence: Evidence, bundle: str) -> str:
 
 
 _STEPS_NOTE = (
-    '<p class="note">Pairs of recipes that differ in one thing alone; a bar to the right is a gain. '
-    "Medians of each candidate's own measurement.</p>"
+    '<p class="note">Each recipe stands below the one it is a step away from: one transform more, or the same on '
+    "another engine. Medians of each candidate's own measurement; changes of memory, size and accuracy are against "
+    "the row's parent.</p>"
+)
+_COMPRESSION_NOTE = (
+    '<p class="note">What was tried until the gate passed, and what it saves; shares are of the original\'s size '
+    "and memory.</p>"
 )
 
 
@@ -177,6 +183,19 @@ def _per_bucket(evidence: Evidence, draw: Callable[[Evidence, Bucket], str]) -> 
             name = f'<p class="note">{escape(fmt.sizes(bucket))}</p>' if len(buckets) > 1 else ""
             parts.append(f'<div class="fit{bucket_class(position)}">{name}{drawn}</div>')
     return "".join(parts)
+
+
+def _waterfalls(evidence: Evidence) -> str:
+    """The way to the chosen variant, at up to three buckets."""
+    drawings = []
+    for position, bucket in enumerate(figures.buckets(evidence)[: steps.MAX_CHARTS]):
+        drawn = steps.waterfall(evidence, bucket)
+        if drawn:
+            drawings.append(
+                f'<figure class="{bucket_class(position).strip()}"><figcaption><h3>From the original to the chosen '
+                f'variant at {escape(fmt.sizes(bucket))}</h3></figcaption><div class="fit">{drawn}</div></figure>'
+            )
+    return f'<div class="plots ways">{"".join(drawings)}</div>' if drawings else ""
 
 
 def _plots(evidence: Evidence) -> str:

@@ -146,13 +146,13 @@ def line(start: tuple[float, float], end: tuple[float, float], class_: str) -> s
     return element("line", x1=start[0], y1=start[1], x2=end[0], y2=end[1], class_=class_)
 
 
-def figure(width: float, height: float, parts: Sequence[str], label: str) -> str:
-    """The whole drawing, which says ``label`` to who cannot see it."""
+def figure(width: float, height: float, parts: Sequence[str], label: str, class_: str = "plot") -> str:
+    """The whole drawing, which says ``label`` to who cannot see it; class ``fits`` shrinks it to a narrow page."""
     return element(
         "svg",
         title(label) + "".join(parts),
         viewBox=f"0 0 {number(width)} {number(height)}",
-        class_="plot",
+        class_=class_,
         role="img",
         aria_label=label,
     )

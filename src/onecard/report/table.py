@@ -1,4 +1,4 @@
-"""The candidates as HTML tables: every one with its figures, its reason and cure, and what each step gained."""
+"""The candidates as an HTML table: every one with its figures, its reason and cure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from html import escape
 
 from onecard.evidence import Candidate, Evidence, Timing
-from onecard.report import figures, svg
+from onecard.report import figures
 from onecard.report import format as fmt
 from onecard.spec import Bucket
 
 _SECONDS = 1000.0
 _MIB = 2**20
-_MAX_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -258,38 +257,3 @@ def _outputs(candidate: Candidate) -> str:
 
 def _or_nan(value: float) -> str:
     return "NaN" if math.isnan(value) else fmt.relative_error(value)
-
-
-def steps_table(evidence: Evidence, bucket: Bucket) -> str:
-    """What one more transform, or another backend, changed: pairs that differ in that alone."""
-    found = figures.steps(evidence, bucket)[:_MAX_STEPS]
-    if not found:
-        return ""
-    reach = max(0.1, *(abs(math.log(s.gain)) for s in found))
-    rows = "".join(
-        f'<tr><th scope="row">{code(s.changed)}</th><td class="on">{_on(s)}</td>'
-        f"<td class='n'>{fmt.significant(s.before_ms)} → {fmt.significant(s.after_ms)}</td>"
-        f"<td class='bar'>{_bar(s.gain, reach, s.result.verdict.reason == 'wrong')}</td>"
-        f"<td class='n key'>{fmt.times(s.gain)}</td></tr>"
-        for s in found
-    )
-    heads = '<th scope="col">step</th><th scope="col">on</th><th scope="col" class="n">ms</th><th scope="col"></th>'
-    heads += '<th scope="col" class="n">gain</th>'
-    return f'<table class="steps"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-
-
-def _on(step: figures.Step) -> str:
-    wrong = ' <span class="badge wrong"><b>✗</b> wrong</span>' if step.result.verdict.reason == "wrong" else ""
-    return code(step.base.id) + wrong
-
-
-def _bar(gain: float, reach: float, wrong: bool) -> str:
-    """A bar to the right of the middle for a gain, to the left for a loss; equal ratios have equal length."""
-    length = 58 * math.log(gain) / reach
-    kind = "wrong" if wrong else "gain" if length >= 0 else "loss"
-    bar = svg.element(
-        "rect", x=60 + min(length, 0.0), y=3.0, width=max(abs(length), 0.8), height=10.0, class_=f"bar {kind}"
-    )
-    return (
-        f'<svg class="barplot" viewBox="0 0 120 16" aria-hidden="true">{bar}{svg.line((60, 0), (60, 16), "axis")}</svg>'
-    )

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import random
 
+import msgspec
+
 from onecard.environment import Card, Environment
 from onecard.evidence import (
     Candidate,
     CardState,
+    Compression,
     Evidence,
+    LayerError,
     Measurement,
     Metric,
     OutputError,
     Rank,
     Reason,
     Timing,
+    Trial,
     Verdict,
 )
 from onecard.recipe import ORIGINAL, Recipe
@@ -182,4 +187,70 @@ def sample() -> Evidence:
         started="2026-03-04T05:06:07+00:00",
         seconds=761.0,
         params=25_557_032,
+    )
+
+
+SIGNS = str.maketrans({"\u00d7": "x", "\u2212": "-", "\u2013": "-"})
+"""The signs that a page sets, as a keyboard has them."""
+KEPT = ("layer4.2.conv3", "fc")
+LAYERS = (*KEPT, "conv1", *(f"layer{n}.0.conv2" for n in range(1, 13)))
+INT8 = Compression(
+    "int8",
+    53,
+    "percentile",
+    KEPT,
+    (
+        Trial("minmax", (), 0.094, 0.702),
+        Trial("percentile", (), 0.051, 0.729),
+        Trial("mse", (), 1e300),
+        Trial("percentile", KEPT[:1], 0.034, 0.741),
+        Trial("percentile", KEPT, 0.013, 0.749, True),
+    ),
+    tuple(LayerError(name, 0.031 / (i + 1) ** 1.2) for i, name in enumerate(LAYERS)),
+    512,
+    ("a trial failed: RuntimeError: mse wants a histogram",),
+)
+FP8 = Compression("fp8", 49, trials=(Trial("", (), 0.009, 0.7505, True),))
+LOST = Compression(
+    "int8", 53, "minmax", KEPT, (Trial("minmax", (), 0.3, 0.4), Trial("minmax", KEPT, 0.2, 0.6)), rows=64
+)
+CHOSEN = Recipe("inductor", "", ("fold_bn", "channels_last", "int8"), static=True)
+
+
+def measured(
+    recipe: Recipe, ms: tuple[float, float], memory: tuple[int, int], error: float, metric: float
+) -> Candidate:
+    """A candidate that passed; memory is peak and size in MiB."""
+    at = zip((B1, B8), ms, strict=True)
+    timings = tuple(timing(bucket, one, 400 + i) for i, (bucket, one) in enumerate(at))
+    found = Measurement(timings, 30.0, 0.5, memory[0] * MIB, 3 * memory[0] * MIB, memory[1] * MIB)
+    return Candidate(recipe, Verdict("ok"), found, output_errors(error), Metric("top-1", metric, 0.751, 2000))
+
+
+def compressed_sample() -> Evidence:
+    """The same search with data: INT8 is chosen after four steps, one of them a loss, and one INT8 fell."""
+    steps = [
+        measured(Recipe("inductor", static=True), (9.9, 79.0), (640, 99), 4.8e-7, 0.751),
+        measured(Recipe("inductor", "", ("fold_bn",), static=True), (8.8, 70.0), (630, 99), 4.9e-7, 0.751),
+        measured(
+            Recipe("inductor", "", ("fold_bn", "channels_last"), static=True), (9.4, 61.0), (650, 99), 5e-7, 0.751
+        ),
+        msgspec.structs.replace(measured(CHOSEN, (3.1, 20.2), (240, 27), 0.013, 0.749), compression=(INT8,)),
+        msgspec.structs.replace(
+            measured(Recipe("inductor", "", ("bf16", "fp8")), (3.6, 24.0), (260, 30), 0.009, 0.7505), compression=(FP8,)
+        ),
+    ]
+    base = sample()
+    candidates = [
+        msgspec.structs.replace(c, compression=(LOST,)) if c.recipe.compressions else c
+        for c in (*base.candidates, *steps)
+    ]
+    candidates[-2:] = steps[-2:]
+    return msgspec.structs.replace(
+        base,
+        candidates=tuple(candidates),
+        chosen=CHOSEN.id,
+        ranks=tuple(Rank(b, (CHOSEN.id, ORIGINAL.id), g, 0.02) for b, g in ((B1, 25.4 / 3.1), (B8, 171.0 / 20.2))),
+        pareto=(CHOSEN.id, ORIGINAL.id),
+        playoff={},
     )
