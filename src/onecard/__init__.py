@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from onecard.errors import OnecardError
@@ -13,15 +14,16 @@ from onecard.errors import OnecardError
 if TYPE_CHECKING:
     from onecard.api import load as load
     from onecard.api import optimize as optimize
+    from onecard.api_training import prune as prune
+    from onecard.api_training import qat as qat
 
 __version__ = "0.1.0"
-__all__ = ["OnecardError", "__version__", "load", "optimize"]
+__all__ = ["OnecardError", "__version__", "load", "optimize", "prune", "qat"]
+_PLACES = {"load": "api", "optimize": "api", "prune": "api_training", "qat": "api_training"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the two functions when they are first used, so that importing onecard costs no torch."""
-    if name in ("load", "optimize"):
-        from onecard import api
-
-        return getattr(api, name)
+    """Import the functions when they are first used, so that importing onecard costs no torch."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"onecard.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'onecard' has no attribute '{name}'")

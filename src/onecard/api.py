@@ -57,7 +57,7 @@ def optimize(  # noqa: PLR0913 - the keywords are the interface
     Raises:
         OnecardError: see :mod:`onecard.errors` for the tree.
     """
-    args, kwargs = _split_examples(example_inputs)
+    args, kwargs = split_examples(example_inputs)
     prepared, search_options = prepare(
         model,
         device=device,
@@ -167,7 +167,8 @@ def make_bundle(  # noqa: PLR0913 - keywords only
     return publish(out, evidence, search.folder), evidence
 
 
-def _split_examples(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_examples(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments."""
     if example is None:
         return (), {}
     if isinstance(example, Mapping):

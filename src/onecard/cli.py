@@ -1,4 +1,4 @@
-"""The command line: ``onecard optimize | run | inspect | report | doctor``."""
+"""The command line: ``onecard optimize | qat | prune | run | inspect | report | doctor``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from onecard import cli_prune, cli_training
 from onecard.errors import InterruptedSearch, OnecardError, UsageError
 from onecard.units import parse_duration, parse_size
 
@@ -92,6 +93,10 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
             command=command,
         )
     print_table(evidence, _out, out)
+
+
+cli_training.register(app)
+cli_prune.register(app)
 
 
 @app.command()

@@ -161,6 +161,30 @@ def _call(text: str, spec: Spec) -> tuple[Named, Labels]:
     return inputs, joined[""] if set(joined) == {""} else joined
 
 
+def check_pair(pair: Any, spec: Spec, source: str) -> Dataset:
+    """One ``(inputs, labels)`` that a user's function gave, checked against the model's inputs.
+
+    Args:
+        pair: inputs as a dict of tensors or arrays, or as one tensor; labels as a tensor, a dict or None.
+        spec: the model's inputs.
+        source: what the user calls the function.
+
+    Raises:
+        DataError: it is no such pair, or not what the spec asks for.
+    """
+    if not _is_pair(pair):
+        raise DataError(
+            f"the data function '{source}' must return (inputs, labels) or an iterable of such pairs.",
+            "inputs is a dict of tensors or arrays by the input's name; labels a tensor, a dict or None.",
+        )
+    inputs, labels = _named_inputs(pair[0], spec), pair[1]
+    if isinstance(labels, Mapping):
+        labels = {str(name): _as_tensor(value, f"label {name}") for name, value in labels.items()} or None
+    elif labels is not None:
+        labels = _as_tensor(labels, "label")
+    return _checked(inputs, labels, spec)
+
+
 def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], Mapping | Tensor | np.ndarray)  # noqa: PLR2004
 

@@ -1,0 +1,1 @@
+"""Short training that compression needs: quantisation-aware, and after pruning."""
