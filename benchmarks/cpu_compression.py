@@ -106,7 +106,8 @@ def digits(work: Path, arguments: argparse.Namespace) -> list[str]:
     fresh = ["--fresh"] if arguments.fresh else []
     command("prune", reference, *common, "--target", "flops=0.5", "--epochs", "3", *fresh, "-o", str(pruned))
     command("qat", reference, *common, "--epochs", "2", *fresh, "-o", str(trained))
-    command("qat", reference, *common, "--bits", "4", "--per-tensor", "--epochs", "4", *fresh, "-o", str(hard))
+    uneven = [f"{data}:uneven_model", *common, "--bits", "4", "--per-tensor", "--lr", "1e-3", "--epochs", "3"]
+    command("qat", *uneven, *fresh, "-o", str(hard))
     model, evidence = search(
         reference,
         DIGITS,
@@ -122,7 +123,8 @@ def digits(work: Path, arguments: argparse.Namespace) -> list[str]:
     keep(evidence, "digits", arguments)
     rows = model_rows(f"{data}:held_out", model)
     lines += table(evidence, model, rows, [("agreement with fp32", agreement)])
-    for name, path in (("pruned", pruned), ("qat", trained), ("4-bit weights, one scale a tensor", hard)):
+    hard_name = "4-bit weights, one scale a tensor, uneven channels"
+    for name, path in (("pruned", pruned), ("qat", trained), (hard_name, hard)):
         lines += ["", f"{name}:", "", "```json", json.dumps(summary(path.with_suffix(".json")), indent=1), "```"]
     return lines
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 MEAN, STD = 0.1307, 0.3081
+SPREAD = 0.5  # powers of ten up and down
 HELD_OUT_EVERY = 5  # each fifth digit is never trained on
 
 
@@ -40,6 +41,26 @@ def model() -> nn.Module:
     cnn: nn.Module = module.CNN()
     cnn.load_state_dict(torch.load(folder / "models" / "handwriting_model.pth", map_location="cpu", weights_only=True))
     return cnn.eval()
+
+
+def uneven_model() -> nn.Module:
+    """The same function with channels of very different size, as a network with folded batch norms often has them.
+
+    Each channel between two layers is scaled, and unscaled where it is read, which ReLU and max-pooling allow. One
+    scale for a whole weight then serves the large channels and loses the small ones: hard to quantise, on purpose.
+    """
+    cnn = model()
+    first, second, third = (cnn.conv_layers[i] for i in (0, 3, 6))
+    hidden, last = (cnn.fc_layers[i] for i in (0, 2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer, reader in ((first, second), (second, third), (third, hidden), (hidden, last)):
+            scale = 10 ** ((torch.rand(len(layer.weight), generator=generator) * 2 - 1) * SPREAD)
+            layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+            layer.bias.mul_(scale)
+            read = scale.repeat_interleave(reader.weight.shape[1] // len(scale))  # a flattened channel is many inputs
+            reader.weight.div_(read.view(1, -1, *[1] * (reader.weight.dim() - 2)))
+    return cnn
 
 
 @functools.cache
