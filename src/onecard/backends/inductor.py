@@ -14,7 +14,6 @@ operator and its arguments, and packed again when loaded.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import logging
 import os
@@ -32,7 +31,8 @@ from torch import Tensor, fx
 
 from onecard.backends.base import Runner, Target, Tensors
 from onecard.backends.export import export_program, quiet_export
-from onecard.backends.tensors import Stored, TensorStore
+from onecard.backends.packing import Constant, Packings, load_constant
+from onecard.backends.tensors import TensorStore
 from onecard.errors import Unsupported
 from onecard.evidence import Verdict
 from onecard.models.flat import FlatModule
@@ -45,21 +45,12 @@ _ALIGNMENT = 16  # bytes; what the generated kernels assume of their inputs
 _env_lock = threading.Lock()
 
 
-class _Constant(msgspec.Struct, frozen=True):
-    """A constant of the graph: a tensor, or the packing of one (``pack`` is the operator's name)."""
-
-    name: str
-    tensor: Stored
-    pack: str = ""
-    arguments: tuple[Any, ...] = ()
-
-
 class _Plan(msgspec.Struct, frozen=True):
     """How to call the generated code: its arguments are input names, or [input, axis] for a size."""
 
     arguments: tuple[str | tuple[str, int], ...]
     outputs: tuple[str, ...]
-    constants: tuple[_Constant, ...]
+    constants: tuple[Constant, ...]
 
 
 class InductorBackend:
@@ -79,7 +70,7 @@ class InductorBackend:
         with quiet_export(), caches as cache, _kernel_cache(Path(cache)):
             graph = _compile(program, target)
             store = TensorStore(target.shared, {})
-            constants = tuple(graph.save_constant(name, store) for name in graph.constants)
+            constants = graph.save_constants(store)
             store.save()
             plan = _Plan(graph.arguments(target), tuple(t.name for t in target.spec.outputs), constants)
             (folder / _PLAN).write_bytes(msgspec.json.encode(plan))
@@ -92,7 +83,7 @@ class InductorBackend:
     def load(self, folder: Path, target: Target) -> Runner:
         plan = msgspec.json.decode((folder / _PLAN).read_bytes(), type=_Plan)
         store = TensorStore(target.shared, target.memo)
-        constants = {c.name: _load_constant(c, store, target) for c in plan.constants}
+        constants = {c.name: load_constant(c, store, target.device, target.memo) for c in plan.constants}
         with tempfile.TemporaryDirectory(prefix="onecard-inductor-") as cache:
             _copy_triton_cache(folder / _KERNELS, Path(cache))
             with _kernel_cache(Path(cache)):
@@ -120,18 +111,14 @@ class _CompiledGraph:
         self._call = None
 
 
-_Packing = tuple[Tensor, str, tuple[Any, ...]]
-"""A packed weight, the operator that packed it, and that operator's arguments."""
-
-
 class _Captured:
     """What inductor made of one graph, caught on its way from the compiler."""
 
-    def __init__(self, graph: fx.GraphModule, compiled: Any, call: Any, packs: dict[int, _Packing]) -> None:
+    def __init__(self, graph: fx.GraphModule, compiled: Any, call: Any, packings: Packings) -> None:
         self.code: str = compiled.source_code
         self.call = call
         self._placeholders = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
-        self._packs = packs
+        self._packings = packings
         scope = getattr(self.call, "__func__", self.call).__globals__
         self.constants: dict[str, Tensor] = {k: v for k, v in scope.items() if isinstance(v, Tensor)}
         missing = set(compiled.frozen_param_names or ()) - set(self.constants)
@@ -155,15 +142,8 @@ class _Captured:
         order = iter(names)
         return tuple(next(order) if isinstance(p, Tensor) else sizes[str(p.node.expr)] for p in self._placeholders)
 
-    def save_constant(self, name: str, store: TensorStore) -> _Constant:
-        tensor = self.constants[name]
-        if id(tensor) not in self._packs:
-            if tensor.layout != torch.strided:
-                raise Unsupported(f"the compiled graph holds a weight in an opaque layout ({tensor.layout})")
-            return _Constant(name, store.add(tensor))
-        _, operator, arguments = self._packs[id(tensor)]
-        weight, *rest = arguments
-        return _Constant(name, store.add(weight), operator, tuple(rest))
+    def save_constants(self, store: TensorStore) -> tuple[Constant, ...]:
+        return tuple(self._packings.save(name, tensor, store) for name, tensor in self.constants.items())
 
 
 def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured:
@@ -171,25 +151,17 @@ def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured
 
     The hooks are on functions that have stood in inductor since 2.6; where one is gone, the row says so.
     """
-    from torch._inductor import compile_fx, config, constant_folding, standalone_compile
+    from torch._inductor import compile_fx, config, standalone_compile
 
     graphs: list[tuple[fx.GraphModule, Any, Any]] = []
-    packs: dict[int, _Packing] = {}
+    packings = Packings()
     generate = compile_fx.fx_codegen_and_compile
-    deduce = constant_folding.ConstantFolder._deduce_value
 
     def catch(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         compiled: Any = generate(gm, *args, **kwargs)
         # The callable as it is now: later it is wrapped to realign inputs, which hides its module.
         graphs.append((gm, compiled, compiled.current_callable))
         return compiled
-
-    def note_packing(self: Any, node: fx.Node) -> Any:
-        value = deduce(self, node)
-        if isinstance(value, Tensor) and "_reorder_" in str(node.target):
-            arguments, _ = self.fetch_args_kwargs_from_env(node)
-            packs[id(value)] = (value, str(node.target), tuple(_plain(a) for a in arguments))
-        return value
 
     gm = program.module()
     example = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
@@ -198,7 +170,7 @@ def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured
         config.patch(options),
         precision_scope(target.recipe.precision),
         _replaced(compile_fx, "fx_codegen_and_compile", catch),
-        _replaced(constant_folding.ConstantFolder, "_deduce_value", note_packing),
+        packings.noted(),
         _quiet("torch._inductor.standalone_compile"),
     ):
         try:
@@ -209,7 +181,7 @@ def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured
             raise Unsupported(f"TorchInductor cannot compile this model: {first_line(error)}") from error
     if len(graphs) != 1:
         raise Unsupported(f"TorchInductor made {len(graphs)} graphs of this model, expected one")
-    return _Captured(*graphs[0], packs)
+    return _Captured(*graphs[0], packings)
 
 
 def _execute(code: Path, kernels: Path, constants: dict[str, Tensor]) -> Callable[[list[Any]], Sequence[Tensor]]:
@@ -270,20 +242,6 @@ def _first_call(runner: _CompiledGraph, target: Target) -> None:
         runner({name: tensor.to(target.device) for name, tensor in inputs.items()})
 
 
-def _load_constant(constant: _Constant, store: TensorStore, target: Target) -> Tensor:
-    tensor = store.load(constant.tensor, target.device)
-    if not constant.pack:
-        return tensor
-    if constant.pack.split(".")[0] not in ("mkldnn", "mkl"):
-        raise ValueError(f"unknown packing operator {constant.pack}")
-    key = (constant.pack, constant.tensor.key, str(constant.arguments))
-    if key not in target.memo:
-        pack: Any = functools.reduce(getattr, constant.pack.split("."), torch.ops)
-        target.memo[key] = pack(tensor, *constant.arguments)
-    packed: Tensor = target.memo[key]
-    return packed
-
-
 def _copy_triton_cache(source: Path, destination: Path) -> None:
     """Copy Triton's compiled kernels and tuning results; inductor's own caches hold pickles and stay behind."""
     for path in sorted(source.rglob("*")):
@@ -330,12 +288,3 @@ def _quiet(logger_name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _plain(value: Any) -> Any:
-    """An operator's argument as JSON data: tensors stay, symbolic sizes become their hints."""
-    if isinstance(value, Tensor | None | bool | float | str):
-        return value
-    if hasattr(value, "node"):
-        return value.node.hint
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else int(value)
