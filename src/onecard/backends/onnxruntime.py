@@ -6,6 +6,7 @@ The TensorRT provider and the CUDA one are written to ONNX Runtime's documentati
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import logging
@@ -32,16 +33,19 @@ PROVIDERS = {
 }
 _FILE = "model.onnx"
 _ENGINES = "engines"
-_EXTERNAL_DATA_BYTES = 1_500_000_000
-"""Above this the weights go into a file of their own: one protobuf message holds at most 2 GiB."""
 _QUIET = 3
 """ONNX Runtime's severity "error": its warnings tell of graph details nobody can act on."""
+_UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
+"""It quantises each float convolution between two quantised ones, and with one scale for the whole weight: just
+those that were kept in floats because they lose most."""
 _ONNX_BFLOAT16 = 16
 """``onnx.TensorProto.BFLOAT16``; NumPy has no such type, so the binding takes ONNX's own number."""
 
 
 class OnnxRuntimeBackend:
     """One ONNX file for the whole range of the spec, or for one bucket; the mode is the provider."""
+
+    native = frozenset({"int8", "int8_dynamic", "int8_weights", "int4_weights"})
 
     def available(self, target: Target) -> Verdict | None:
         mode = _mode(target)
@@ -61,11 +65,13 @@ class OnnxRuntimeBackend:
         return None
 
     def build(self, module: FlatModule, inputs: Tensors, folder: Path, target: Target) -> None:
-        source = onnx_file(module)
-        if source is not None:
-            _copy(source, folder)
+        on_cpu = _mode(target) == "cpu"
+        if target.native(self) and not on_cpu:
+            raise Unsupported(f"{PROVIDERS[_mode(target)]} gains nothing from '{target.native(self)}'")
+        if target.native(self) or (on_cpu and "qat" in target.recipe.transforms):
+            self._build_quantized(module, inputs, folder, target)
         else:
-            _export(module, inputs, folder, target)
+            _write_float(module, inputs, folder, target)
         if _mode(target) == "tensorrt":
             (folder / _ENGINES).mkdir()
         # A precision that the provider has no kernels for shows only when a session is made; for
@@ -77,6 +83,22 @@ class OnnxRuntimeBackend:
             runner.close()
         except Exception as error:
             raise Unsupported(f"ONNX Runtime cannot run this graph: {first_line(error)}") from error
+
+    def _build_quantized(self, module: FlatModule, inputs: Tensors, folder: Path, target: Target) -> None:
+        """Have the float graph quantised; the one of moving sizes serves every bucket of a variant."""
+        from onecard.backends.onnx_quantize import quantize
+
+        if target.work is None:
+            raise UsageError(f"{target.recipe.id} needs a folder to work in.")
+        moving = dataclasses.replace(target, bucket=None)
+        source = target.work / "float"
+        if not source.exists():
+            source.mkdir(parents=True)
+            try:
+                _write_float(module, inputs, source, moving)
+            except Unsupported as error:
+                raise Unsupported(f"quantising needs one graph for all sizes: {error.detail}") from error
+        quantize(source / _FILE, module, folder, target, lambda trial: self.load(trial, moving))
 
     def load(self, folder: Path, target: Target) -> OnnxRuntimeRunner:
         ort = _runtime()
@@ -90,7 +112,9 @@ class OnnxRuntimeBackend:
             # A stream of the runner's own: the provider takes one for good, and cannot take the default stream.
             stream = torch.cuda.Stream(torch.device(target.device))  # type: ignore[no-untyped-call]
         providers = _providers(folder, target, stream)
-        session = ort.InferenceSession(str(folder / _FILE), options, providers=providers)
+        session = ort.InferenceSession(
+            str(folder / _FILE), options, providers=providers, disabled_optimizers=_UNWANTED_OPTIMIZERS
+        )
         session.disable_fallback()
         wanted = providers[0][0]
         if wanted not in session.get_providers():
@@ -174,7 +198,17 @@ def _mode(target: Target) -> str:
     return mode
 
 
+def _write_float(module: FlatModule, inputs: Tensors, folder: Path, target: Target) -> None:
+    source = onnx_file(module)
+    if source is not None:
+        _copy(source, folder)
+    else:
+        _export(module, inputs, folder, target)
+
+
 def _export(module: FlatModule, inputs: Tensors, folder: Path, target: Target) -> None:
+    from onecard.backends.onnx_graph import EXTERNAL_DATA_BYTES, name_nodes
+
     program = export_program(module, inputs, target)
     tensors = (*module.parameters(), *module.buffers())
     weight_bytes = sum(t.numel() * t.element_size() for t in tensors)
@@ -190,9 +224,8 @@ def _export(module: FlatModule, inputs: Tensors, folder: Path, target: Target) -
             )
             if onnx_program is None:
                 raise RuntimeError("torch.onnx.export returned nothing")
-            for node in onnx_program.model.graph.all_nodes():
-                node.metadata_props.clear()  # stack traces with the paths of the author's machine
-            onnx_program.save(str(folder / _FILE), external_data=weight_bytes > _EXTERNAL_DATA_BYTES)
+            name_nodes(onnx_program.model.graph, module)
+            onnx_program.save(str(folder / _FILE), external_data=weight_bytes > EXTERNAL_DATA_BYTES)
         except Exception as error:  # the exporter wraps what it meets in errors of many kinds
             raise Unsupported(f"torch.onnx cannot convert this model: {first_line(error)}") from error
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from onecard.backends import get_backend
+from onecard.errors import Unsupported
 from onecard.models.flat import FlatModule, positional
 from onecard.models.onnx_module import OnnxModule
 from onecard.recipe import Recipe
@@ -116,3 +117,22 @@ def test_inputs_reach_the_graph_by_name(tmp_path):
     inputs = inputs_for(spec, B=2, S=9)
     swapped = dict(reversed(inputs.items()))
     torch.testing.assert_close(runner(swapped), runner(inputs))
+
+
+def test_nodes_bear_the_names_of_their_layers(tmp_path):
+    import onnx
+
+    module, spec = cnn()
+    build(module, target_for(Recipe("onnxruntime", "cpu"), spec, tmp_path), tmp_path / "made", B=2)
+    nodes = onnx.load(str(tmp_path / "made" / "model.onnx")).graph.node
+    weighted = [node.name.rpartition("/")[0] for node in nodes if node.op_type in ("Conv", "Gemm")]
+    assert weighted == ["features.0", "features.3", "head"]  # not of the batch norms that are folded into them
+    assert len({node.name for node in nodes}) == len(nodes)
+    assert not any(node.metadata_props for node in nodes)
+
+
+def test_int8_is_refused_where_it_gains_nothing(tmp_path):
+    module, spec = cnn()
+    target = target_for(Recipe("onnxruntime", "cuda", ("int8",)), spec, tmp_path, "cuda:0")
+    with pytest.raises(Unsupported, match="gains nothing from 'int8'"):
+        build(module, target, tmp_path / "made", B=2)
