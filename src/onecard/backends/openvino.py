@@ -1,7 +1,11 @@
-"""OpenVINO on a CPU: the exported program, or an ONNX file as it is, as OpenVINO's intermediate form."""
+"""OpenVINO on a CPU: the exported program, or an ONNX file as it is, as OpenVINO's intermediate form.
+
+What NNCF quantises (``onecard.backends.nncf_quantize``) is quantised while an artifact is built.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -14,49 +18,55 @@ import torch
 
 from onecard.backends.base import Target, Tensors
 from onecard.backends.export import export_program, onnx_file, quiet_export
+from onecard.backends.nncf_quantize import SCHEMES, Feed, Subject, quantize
+from onecard.backends.quantized_program import float_weights
+from onecard.calibration.bench import Run
 from onecard.errors import Unsupported, UsageError
 from onecard.evidence import Verdict
 from onecard.models.flat import FlatModule
 from onecard.models.wording import first_line
-from onecard.spec import TensorSpec
+from onecard.spec import Bucket, TensorSpec
 
 PRECISION_OF_MODE = {"": "f32", "bf16": "bf16", "fp16": "f16"}
 """What each mode computes in. Forced, because OpenVINO takes bf16 by itself where the CPU has it."""
+ACTIVATION_GROUP = {"int8_weights": "0", "int8_dynamic": "32", "int4_weights": "32"}
+"""Input channels that share a scale where OpenVINO rounds the activations of a linear layer to 8 bits as they come.
+
+That is its default, for speed, wherever the weights are compressed and the CPU adds 8-bit products exactly. Of 8-bit
+weights it is the larger error by far, so ``int8_weights`` goes without (0); of 4-bit ones it does not show.
+"""
 _FILE = "model.xml"
 _TELEMETRY = "openvino_telemetry"
 
 
 class OpenVinoBackend:
-    """fp32 by default; the modes ``bf16`` and ``fp16`` take the same fp32 model and compute in less."""
+    """fp32 by default; the modes ``bf16`` and ``fp16`` take the same model and compute in less.
+
+    In a quantised model the mode is the precision of what is not quantised.
+    """
+
+    native = SCHEMES
 
     def available(self, target: Target) -> Verdict | None:
         _precision(target)
         if target.device != "cpu":
             return Verdict("unavailable", "OpenVINO does not run on NVIDIA GPUs", "Use device cpu.")
-        if importlib.util.find_spec("openvino") is None:
-            return Verdict("unavailable", "openvino is not installed", "pip install 'onecard[openvino]'")
+        for package in ("openvino", "nncf") if target.native(self) else ("openvino",):
+            if importlib.util.find_spec(package) is None:
+                return Verdict("unavailable", f"{package} is not installed", "pip install 'onecard[openvino]'")
         return None
 
     def build(self, module: FlatModule, inputs: Tensors, folder: Path, target: Target) -> None:
-        source: Any = onnx_file(module) or export_program(module, inputs, target)
         with quiet_export(), _without_telemetry() as ov:
-            try:
-                model = ov.convert_model(source)
-                named = enumerate(target.spec.inputs)
-                model.reshape({_port(model, i, t): _partial_shape(ov, t, target) for i, t in named})
-                ov.save_model(model, str(folder / _FILE), compress_to_fp16=False)
-            except Exception as error:  # OpenVINO raises plain RuntimeErrors for all it cannot convert
-                raise Unsupported(f"OpenVINO cannot convert this model: {first_line(error)}") from error
+            if target.native(self):
+                model = _quantized(ov, target.native(self), module, inputs, target)
+            else:
+                model = _convert(ov, module, inputs, target)
+            ov.save_model(model, str(folder / _FILE), compress_to_fp16=False)
 
     def load(self, folder: Path, target: Target) -> OpenVinoRunner:
         with _without_telemetry() as ov:
-            options = {
-                "INFERENCE_PRECISION_HINT": _precision(target),
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            }
-            compiled = ov.Core().compile_model(str(folder / _FILE), "CPU", options)
-        return OpenVinoRunner(compiled, target)
+            return OpenVinoRunner(_compile(ov, str(folder / _FILE), target), target)
 
 
 class OpenVinoRunner:
@@ -77,6 +87,99 @@ class OpenVinoRunner:
         self._inputs, self._outputs = [], []
 
 
+def _convert(ov: Any, module: FlatModule, inputs: Tensors, target: Target) -> Any:
+    source: Any = onnx_file(module) or float_weights(export_program(module, inputs, target), inputs, target)
+    try:
+        model = ov.convert_model(source)
+        _reshape(ov, model, target)
+    except Exception as error:  # OpenVINO raises plain RuntimeErrors for all it cannot convert
+        raise Unsupported(f"OpenVINO cannot convert this model: {first_line(error)}") from error
+    return model
+
+
+def _quantized(ov: Any, scheme: str, module: FlatModule, inputs: Tensors, target: Target) -> Any:
+    """The model quantised. All buckets are fitted from one model, which takes the calibration rows in any size.
+
+    Only where no such model can be made is each bucket quantised for itself.
+    """
+    bench = target.bench
+    if bench is None:
+        raise UsageError(f"'{scheme}' is applied when an artifact is built, and cannot be applied again.")
+    key = ("openvino", scheme)
+    if key not in bench.memo:
+        model, bucket = _calibratable(ov, module, inputs, target)
+
+        def run(quantized: Any) -> Run:
+            return _in_batches(OpenVinoRunner(_compile(ov, quantized, target), target), target, bucket)
+
+        quantized = quantize(scheme, Subject(model, module, _feed(model, target, bucket), run), bench)
+        if bucket is not None:
+            return quantized
+        bench.memo[key] = quantized
+    fitted = bench.memo[key].clone()
+    _reshape(ov, fitted, target)
+    return fitted
+
+
+def _calibratable(ov: Any, module: FlatModule, inputs: Tensors, target: Target) -> tuple[Any, Bucket | None]:
+    """A model for the whole range of the spec; or else for the target's bucket, and that bucket."""
+    try:
+        return _convert(ov, module, inputs, dataclasses.replace(target, bucket=None)), None
+    except Unsupported:
+        if target.bucket is None:
+            raise
+        return _convert(ov, module, inputs, target), target.bucket
+
+
+def _feed(model: Any, target: Target, bucket: Bucket | None) -> Feed:
+    ports = {t.name: _port(model, i, t).get_any_name() for i, t in enumerate(target.spec.inputs)}
+
+    def feed(rows: Tensors) -> dict[str, Any]:
+        return {ports[name]: tensor.numpy() for name, tensor in _filled(rows, target, bucket).items()}
+
+    return feed
+
+
+def _in_batches(runner: OpenVinoRunner, target: Target, bucket: Bucket | None) -> Run:
+    """Run any number of rows, also where the model takes just as many as its bucket."""
+    batch = target.spec.batch_symbol
+    if bucket is None or batch is None:
+        return runner
+    step = bucket[batch]
+
+    def run(inputs: Tensors) -> Tensors:
+        count = len(next(iter(inputs.values())))
+        parts = []
+        for low in range(0, count, step):
+            part = {name: tensor[low : low + step] for name, tensor in inputs.items()}
+            parts.append(runner(_filled(part, target, bucket)))
+        return {name: torch.cat([p[name] for p in parts])[:count] for name in parts[0]}
+
+    return run
+
+
+def _filled(rows: Tensors, target: Target, bucket: Bucket | None) -> Tensors:
+    """Rows, the last of them repeated up to the bucket's batch."""
+    batch = target.spec.batch_symbol
+    if bucket is None or batch is None:
+        return rows
+    index = torch.arange(bucket[batch]).clamp(max=len(next(iter(rows.values()))) - 1)
+    return {name: tensor.index_select(0, index) for name, tensor in rows.items()}
+
+
+def _compile(ov: Any, model: Any, target: Target) -> Any:
+    """Compile a model, or the file of one."""
+    options = {
+        "INFERENCE_PRECISION_HINT": _precision(target),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    scheme = target.native(OpenVinoBackend())
+    if scheme in ACTIVATION_GROUP:
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = ACTIVATION_GROUP[scheme]
+    return ov.Core().compile_model(model, "CPU", options)
+
+
 def _precision(target: Target) -> str:
     mode = target.recipe.mode
     if mode not in PRECISION_OF_MODE:
@@ -87,6 +190,11 @@ def _precision(target: Target) -> str:
 def _port(model: Any, index: int, tensor: TensorSpec) -> Any:
     """The model's input of that name (an ONNX file keeps them), or else of that position."""
     return next((port for port in model.inputs if tensor.name in port.get_names()), model.inputs[index])
+
+
+def _reshape(ov: Any, model: Any, target: Target) -> None:
+    named = enumerate(target.spec.inputs)
+    model.reshape({_port(model, i, t): _partial_shape(ov, t, target) for i, t in named})
 
 
 def _partial_shape(ov: Any, tensor: TensorSpec, target: Target) -> Any:
