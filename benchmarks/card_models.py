@@ -47,9 +47,10 @@ MODELS = {
 EFFORTS = {"quick": EffortSpec(0.4, 0.3, 0.25, 3), "full": EffortSpec()}
 
 
-def search(name: str, arguments: argparse.Namespace, work: Path) -> Evidence:
+def describe(name: str, batches: list[int], work: Path) -> tuple[str, list[str]]:
+    """The reference of a model, and its inputs as text for batches up to the largest."""
     reference, side = MODELS[name]
-    batch = max(arguments.batches)
+    batch = max(batches)
     if reference == "hf":
         folder = work / "bert"
         folder.mkdir(exist_ok=True)
@@ -60,8 +61,13 @@ def search(name: str, arguments: argparse.Namespace, work: Path) -> Evidence:
         inputs = [IMAGE.format(side=side, batch=batch)]
     if batch == 1:
         inputs = [text.replace("[B,", "[1,").replace(", B=1..1", "") for text in inputs]
+    return reference, inputs
+
+
+def search(name: str, arguments: argparse.Namespace, work: Path) -> Evidence:
+    reference, inputs = describe(name, arguments.batches, work)
     options = {
-        "batches": tuple(arguments.batches) if batch > 1 else (),
+        "batches": tuple(arguments.batches) if max(arguments.batches) > 1 else (),
         "recipes": tuple(arguments.recipes),
         "effort": EFFORTS[arguments.effort],
         "time_limit_s": arguments.time_limit,
