@@ -28,10 +28,10 @@ from onecard.evidence import Candidate, Evidence, Measurement, Timing, to_json
 from onecard.inputs import make_inputs
 from onecard.recipe import ORIGINAL
 from onecard.report.html import render
+from onecard.search.bench import real_inputs
 from onecard.search.job import Job, JobFolder
 from onecard.verify.cases import Case
 from onecard.verify.compare import Threshold
-from onecard.verify.data import load_data
 from onecard.verify.reference import read_answers, read_reference
 
 _LIVE_PICKLE = "live.pkl"
@@ -82,7 +82,7 @@ def kept_variants(evidence: Evidence) -> list[Candidate]:
 def _write_golden(folder: JobFolder, job: Job, path: Path) -> Case:
     """The smallest case whose answers are whole: its inputs and the original's answers."""
     reference = read_reference(folder.reference)
-    data = load_data(str(folder.data), job.spec).inputs if folder.data.exists() else None
+    data = real_inputs(folder, job)
     for case in reference.cases:
         answers, rows = read_answers(folder.reference, case)
         if rows is None:

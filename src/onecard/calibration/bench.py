@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +47,7 @@ class Bench:
         work: a folder for files that do not ship.
         progress: called with a few words on what is going on.
         record: called once with what the compression came to.
+        deadline: of :func:`time.monotonic`, after which nothing more is tried.
         memo: what the artifacts of one variant share: a scheme is settled once, not for every bucket.
     """
 
@@ -57,6 +60,7 @@ class Bench:
     work: Path | None = None
     progress: Callable[[str], None] = lambda text: None
     record: Callable[[Compression], None] = lambda found: None
+    deadline: float = math.inf
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -81,6 +85,11 @@ class Bench:
             if len(next(iter(part.values()))) < self.smallest_batch:
                 return
             yield {name: rows.to(self.device) for name, rows in part.items()}
+
+    @property
+    def is_late(self) -> bool:
+        """True once the deadline has passed."""
+        return time.monotonic() > self.deadline
 
     @property
     def largest_batch(self) -> int:

@@ -26,7 +26,8 @@ def settle(
 
     Every method is tried with all layers compressed, and the one with the smallest error (of those that
     pass, if any do) stands. If none passes, the layers that lose most are kept in higher precision: one, two,
-    four ... until the judge passes it or half of the layers are kept.
+    four ... until the judge passes it or half of the layers are kept. Past the bench's deadline nothing more is
+    tried, and the best so far stands.
 
     Args:
         scheme: the transform's name.
@@ -64,21 +65,22 @@ def _search(
     rank: Callable[[], Sequence[LayerError]] | None,
 ) -> Compression:
     failures: list[Exception] = []
-    trials = [_try(found.scheme, method, (), make, bench, failures) for method in methods]
+    trials = [_try(found.scheme, methods[0], (), make, bench, failures)]
+    trials += [_try(found.scheme, method, (), make, bench, failures) for method in methods[1:] if not bench.is_late]
     if len(failures) == len(trials):
         raise failures[0]
     best = min(trials, key=_order)
     ranking: tuple[LayerError, ...] = ()
-    if not best.passed and rank is not None:
+    if not best.passed and rank is not None and not bench.is_late:
         bench.progress(f"{found.scheme}: finding the layers that lose most")
         ranking = tuple(rank())
         for kept in _growing([r.layer for r in ranking], len(layers)):
             trials.append(_try(found.scheme, best.method, kept, make, bench, failures))
-            if trials[-1].passed:
+            if trials[-1].passed or bench.is_late:
                 break
         best = min(trials, key=_order)
     return Compression(
-        found.scheme, len(layers), best.method, best.kept, tuple(trials), ranking, bench.rows, _notes(failures)
+        found.scheme, len(layers), best.method, best.kept, tuple(trials), ranking, bench.rows, _notes(failures, bench)
     )
 
 
@@ -107,7 +109,8 @@ def _growing(ranked: Sequence[str], layers: int) -> Iterator[tuple[str, ...]]:
         count *= 2
 
 
-def _notes(failures: Sequence[Exception]) -> tuple[str, ...]:
-    return tuple(
-        dict.fromkeys(f"a trial failed: {type(e).__name__}: {str(e).splitlines()[0][:200]}" for e in failures if str(e))
-    )
+def _notes(failures: Sequence[Exception], bench: Bench) -> tuple[str, ...]:
+    texts = [f"a trial failed: {type(e).__name__}: {str(e).splitlines()[0][:200]}" for e in failures if str(e)]
+    if bench.is_late:
+        texts.append("the time was short, so not everything was tried; --candidate-time-limit gives more")
+    return tuple(dict.fromkeys(texts))

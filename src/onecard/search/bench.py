@@ -26,6 +26,14 @@ def load_rows(folder: JobFolder, job: Job) -> Dataset | None:
     return load_data(str(folder.data), job.spec) if folder.data.exists() else None
 
 
+def real_inputs(folder: JobFolder, job: Job) -> dict[str, Tensor] | None:
+    """Real rows to verify and time with: the labelled ones, else those to calibrate on."""
+    for path in (folder.data, folder.calibration):
+        if path.exists():
+            return load_data(str(path), job.spec).inputs
+    return None
+
+
 def make_bench(
     folder: JobFolder,
     recipe: Recipe,

@@ -268,8 +268,7 @@ class Search:
         place = self.folder.candidate(recipe)
         arguments: tuple[str, ...] = (role, str(self.folder.root), recipe.id)
         limit = self.options.candidate_time_limit_s
-        if role == "run":
-            arguments = (*arguments, str(limit))
+        arguments = (*arguments, str(limit))
         return Task(recipe.id, arguments, place.log, limit, place.stage, threads, on_call)
 
     def _until_one_ends(self) -> list[Running]:

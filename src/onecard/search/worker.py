@@ -35,7 +35,7 @@ from onecard.measure.memory import MemoryWatch
 from onecard.measure.timer import Effort, Stopwatch, measure, no_garbage_collection, rotation
 from onecard.models.source import load_source, read_source
 from onecard.recipe import Recipe
-from onecard.search.bench import load_rows, make_bench
+from onecard.search.bench import load_rows, make_bench, real_inputs
 from onecard.search.job import BuildResult, CandidateFolder, Job, JobFolder, PlayoffResult, RunResult, write
 from onecard.search.processes import ON_CALL, PARENT
 from onecard.search.recipes import parse_recipe
@@ -51,6 +51,7 @@ from onecard.verify.reference import Run, compute_reference, read_reference, to_
 
 _PR_SET_PDEATHSIG = 1
 _GLANCE = Effort(0.1, 0.1, 0.05, 3, 20)  # for a wrong variant: enough to say what it would have been worth
+_SETTLING_SHARE = 0.5  # of the time for a build; the artifacts themselves need the rest
 _MAX_PLAYOFFS = 2  # a round in which the card slowed itself down is played again
 
 
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> int:
     if role == "reference":
         make_reference(job)
     elif role == "build":
-        build_candidate(job, parse_recipe(recipes[0]))
+        build_candidate(job, parse_recipe(recipes[0]), float(recipes[1]) if len(recipes) > 1 else 0.0)
     elif role == "run":
         run_candidate(job, parse_recipe(recipes[0]), float(recipes[1]) if len(recipes) > 1 else 0.0)
     elif role == "playoff":
@@ -91,7 +92,7 @@ def make_reference(folder: JobFolder) -> None:
 
     folder.reference.mkdir(exist_ok=True)
     cases = make_cases(job.spec, job.buckets)
-    rows = data.inputs if data else None
+    rows = real_inputs(folder, job)
     found = compute_reference(run, job.spec, cases, folder.reference, rows, job.device)
     metric = _evaluate(run, job, data) if job.metric and data else None
     error = _fp64_error(run, module, job, cases[0], rows)
@@ -99,18 +100,20 @@ def make_reference(folder: JobFolder) -> None:
     write_reference(replaced, folder.reference)
 
 
-def build_candidate(folder: JobFolder, recipe: Recipe) -> None:
-    """Build every artifact of a recipe and write the verdict."""
+def build_candidate(folder: JobFolder, recipe: Recipe, limit_s: float) -> None:
+    """Build every artifact of a recipe, within ``limit_s`` if it is not 0, and write the verdict."""
     place = folder.candidate(recipe)
     started = time.perf_counter()
     found: list[Compression] = []
     with warnings.catch_warnings(record=True) as caught:
-        verdict = _guarded(lambda: _build(folder, recipe, place, found))
+        verdict = _guarded(lambda: _build(folder, recipe, place, found, limit_s))
     seconds = time.perf_counter() - started
     write(place.build, BuildResult(verdict, seconds, _texts(caught), tuple(found)))
 
 
-def _build(folder: JobFolder, recipe: Recipe, place: CandidateFolder, found: list[Compression]) -> Verdict:
+def _build(
+    folder: JobFolder, recipe: Recipe, place: CandidateFolder, found: list[Compression], limit_s: float
+) -> Verdict:
     job = folder.read_job()
     shutil.rmtree(place.variant, ignore_errors=True)
     place.variant.mkdir(parents=True)
@@ -127,6 +130,8 @@ def _build(folder: JobFolder, recipe: Recipe, place: CandidateFolder, found: lis
     if recipe.compressions:
         work.mkdir(exist_ok=True)
         bench = make_bench(folder, recipe, module, inputs, lambda text: _stage(place, text), found)
+        if limit_s:
+            bench = dataclasses.replace(bench, deadline=time.monotonic() + limit_s * _SETTLING_SHARE)
     ours = [name for name in recipe.transforms if name not in native_transforms(backend)]
     with precision_scope(recipe.precision):
         module = apply_transforms(module, ours, inputs, bench)
@@ -164,13 +169,13 @@ def run_candidate(folder: JobFolder, recipe: Recipe, limit_s: float) -> None:
 
 def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult:
     job = folder.read_job()
-    data = load_rows(folder, job)
+    data, inputs = load_rows(folder, job), real_inputs(folder, job)
     card, memory = CardSampler(job.device), MemoryWatch(job.device)
     _stage(place, "loading")
     started = time.perf_counter()
     run = load_variant(place.variant, recipe, job.spec, job.buckets, job.device, folder.source)
     load_s = time.perf_counter() - started
-    watches = [_stopwatch(run, job, bucket, data) for bucket in _timed(job)]
+    watches = [_stopwatch(run, job, bucket, inputs) for bucket in _timed(job)]
     for watch in watches:
         _stage(place, f"first call at {watch.bucket}")
         watch.first_call()
@@ -180,7 +185,7 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
         folder.reference,
         job.thresholds[recipe.tolerance],
         job.device,
-        data.inputs if data else None,
+        inputs,
         only_sane=bool(job.metric),
     )
     verdict = gate.judge(run, lambda case: _stage(place, f"verifying {case}"))
@@ -207,7 +212,7 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
 def play_off(folder: JobFolder, recipes: list[Recipe]) -> None:
     """Load the finalists together and time them in turn, A B C A B C, so that drift hits all alike."""
     job = folder.read_job()
-    data = load_rows(folder, job)
+    inputs = real_inputs(folder, job)
     card = CardSampler(job.device)
     runners: dict[str, VariantRunner] = {}
     absent: dict[str, str] = {}
@@ -219,7 +224,7 @@ def play_off(folder: JobFolder, recipes: list[Recipe]) -> None:
             absent[recipe.id] = f"{type(error).__name__}: {error}"
     timings: dict[str, list[Timing]] = {name: [] for name in runners}
     for bucket in _timed(job):
-        watches = {name: _stopwatch(run, job, bucket, data) for name, run in runners.items()}
+        watches = {name: _stopwatch(run, job, bucket, inputs) for name, run in runners.items()}
         total = _effort(job)
         rounds = job.effort.playoff_rounds
         turn = Effort(total.warmup_s / 2, total.latency_s / rounds, total.period_s / rounds, 3, 60)
@@ -240,12 +245,12 @@ def play_off(folder: JobFolder, recipes: list[Recipe]) -> None:
     write(folder.playoff, PlayoffResult({name: tuple(t) for name, t in timings.items()}, absent))
 
 
-def _stopwatch(run: Run, job: Job, bucket: Bucket, data: Dataset | None) -> Stopwatch:
+def _stopwatch(run: Run, job: Job, bucket: Bucket, data: dict[str, Tensor] | None) -> Stopwatch:
     batch = job.spec.batch_symbol
     rows = bucket[batch] if batch else 1
 
     def make(index: int) -> dict[str, Tensor]:
-        made = make_inputs(job.spec, bucket, seed=100 + index, data=data.inputs if data else None)
+        made = make_inputs(job.spec, bucket, seed=100 + index, data=data)
         return to_device(made, job.device)
 
     return Stopwatch(run, rotation(make), job.device, bucket, rows)

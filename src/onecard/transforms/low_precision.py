@@ -81,6 +81,7 @@ class Scheme:
         make: the module ``[M, K] -> [M, N]`` of a layer, given the bound of its inputs' magnitudes (0 if dynamic).
         methods: calibration methods; none where the inputs need no static scale.
         convolutions: whether 1x1 convolutions are taken too.
+        mixes: whether keeping the worst layers is worth trying where all of them together do not pass.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Scheme:
     make: Callable[[Gemm, float], nn.Module]
     methods: tuple[str, ...] = ()
     convolutions: bool = True
+    mixes: bool = True
 
 
 class GemmLayer(nn.Module):
@@ -145,7 +147,8 @@ def compress(module: FlatModule, bench: Bench, scheme: Scheme) -> FlatModule:
     def rank() -> tuple[LayerError, ...]:
         return rank_layers(module, bench, tuple(layers))
 
-    found = settle(scheme.name, tuple(layers), scheme.methods or ("",), attempt, bench, rank if bench.rows else None)
+    ranked = rank if scheme.mixes and bench.rows else None
+    found = settle(scheme.name, tuple(layers), scheme.methods or ("",), attempt, bench, ranked)
     return swapped(module, found.method, found.kept)
 
 

@@ -102,3 +102,10 @@ def test_without_rows_there_are_no_batches():
     with pytest.raises(Unsupported, match="representative inputs") as caught:
         next(bench({}).batches())
     assert caught.value.cure == NO_ROWS_CURE
+
+
+def test_past_the_deadline_nothing_more_is_tried():
+    errors = {("a", 0): 0.5, ("b", 0): 0.01, ("a", 1): 0.01}
+    found = settle("int8", LAYERS, ("a", "b"), make, bench(errors, deadline=0.0), lambda: RANKED)
+    assert (found.method, len(found.trials), found.sensitivity) == ("a", 1, ())
+    assert "--candidate-time-limit" in found.notes[0]
