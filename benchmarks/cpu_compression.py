@@ -104,7 +104,20 @@ def digits(work: Path, arguments: argparse.Namespace) -> list[str]:
 
     pruned, trained, hard = work / "pruned.pt2", work / "qat.pt2", work / "hard.pt2"
     fresh = ["--fresh"] if arguments.fresh else []
-    command("prune", reference, *common, "--target", "flops=0.5", "--epochs", "3", *fresh, "-o", str(pruned))
+    command(
+        "prune",
+        reference,
+        *common,
+        "--target",
+        "flops=0.5",
+        "--epochs",
+        "3",
+        "--round-to",
+        "16",
+        *fresh,
+        "-o",
+        str(pruned),
+    )
     command("qat", reference, *common, "--epochs", "2", *fresh, "-o", str(trained))
     uneven = [f"{data}:uneven_model", *common, "--bits", "4", "--per-tensor", "--lr", "1e-3", "--epochs", "3"]
     command("qat", *uneven, *fresh, "-o", str(hard))
@@ -130,8 +143,9 @@ def digits(work: Path, arguments: argparse.Namespace) -> list[str]:
 
 
 def summary(path: Path) -> Any:
-    """What a training command wrote of itself, without the long lists."""
-    return {k: v for k, v in json.loads(path.read_text()).items() if not isinstance(v, list) or len(v) <= 8}
+    """What a training command wrote of itself, without the long lists and the path of a temporary file."""
+    found = json.loads(path.read_text())
+    return {k: v for k, v in found.items() if k != "path" and not (isinstance(v, list) and len(v) > 8)}
 
 
 def model_rows(reference: str, model: Model) -> Rows:

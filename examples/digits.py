@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 MEAN, STD = 0.1307, 0.3081
-SPREAD = 0.5  # powers of ten up and down
+SPREAD = 0.4  # powers of ten up and down
 HELD_OUT_EVERY = 5  # each fifth digit is never trained on
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from onecard.models.flat import FlatModule
 from onecard.models.layers import restore_layers
 from onecard.models.probe import probe_sizes, sample_inputs, spec_at
 from onecard.models.program import input_values, symbolic_shape
-from onecard.models.vet import DEFAULT_CAP_BYTES, clean_copy, rejector
+from onecard.models.vet import DEFAULT_CAP_BYTES, MODEL, clean_copy, rejector
 from onecard.models.wording import first_line
 from onecard.spec import Bucket, Spec
 
@@ -85,6 +87,7 @@ def load_exported(
         clean_copy(path, copy, rejector(path, error), cap_bytes, drop_samples=drop_samples)
         try:
             with _quiet():
+                _register_operators(copy)
                 return torch.export.load(copy)
         except Exception as reason:
             raise error(
@@ -92,6 +95,14 @@ def load_exported(
                 f"{first_line(reason)}.",
                 "Export it again with this version of torch.",
             ) from reason
+
+
+def _register_operators(path: Path) -> None:
+    """Define the operators of quantised programs, which torch does only when its quantisation is imported."""
+    with zipfile.ZipFile(path) as archive:
+        model = next(name for name in archive.namelist() if name.endswith(MODEL))
+        if b"quantized_decomposed" in archive.read(model):
+            importlib.import_module("torch.ao.quantization.fx._decomposed")
 
 
 def flat_program(program: ExportedProgram) -> nn.Module:

@@ -13,10 +13,20 @@ def channels_last(module: FlatModule, inputs: dict[str, Tensor]) -> FlatModule:
     """Weights and 4-D activations in channels-last order; answers come out contiguous.
 
     Raises:
-        Unsupported: the model has no 2-D convolution, so nothing would change.
+        Unsupported: the model has no 2-D convolution, so nothing would change, or it reshapes in a way that needs
+            the usual order.
     """
     if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in module.inner.modules()):
         raise Unsupported("the model has no 2-D convolution that a channels-last layout could help")
     module.inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.channels_last = True
+    try:
+        with torch.inference_mode():
+            module(*(inputs[name] for name in module.plan.inputs))
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+        raise Unsupported(
+            "the model flattens with view(), which needs the usual memory order", "Use flatten() or reshape() in it."
+        ) from error
     return module

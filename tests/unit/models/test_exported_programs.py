@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -194,3 +196,24 @@ def test_damaged_and_oversized_archives(saved: Path) -> None:
         load_exported(empty)
     with pytest.raises(BundleError, match="no such file"):
         load_exported(saved.with_name("none.pt2"))
+
+
+def test_a_quantised_program_is_loaded_where_nothing_has_imported_quantisation(tmp_path: Path):
+    import torch.ao.quantization.fx._decomposed
+
+    class Rounded(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ops = torch.ops.quantized_decomposed
+            codes = ops.quantize_per_tensor(x, 0.5, 0, -128, 127, torch.int8)
+            return ops.dequantize_per_tensor(codes, 0.5, 0, -128, 127, torch.int8)
+
+    path = tmp_path / "rounded.pt2"
+    save_exported(torch.export.export(Rounded(), (torch.randn(3),)), path)
+    code = (
+        "import sys, pathlib, torch\n"
+        "from onecard.models.exported import flat_program, load_exported\n"
+        f"program = flat_program(load_exported(pathlib.Path({str(path)!r})))\n"
+        "print(program(torch.tensor([0.6, 0.9, -3.1]))[0].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[0.5, 1.0, -3.0]", done.stderr
