@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from onecard.api import make_bundle, prepare
+from onecard.environment import detect
 from onecard.evidence import Candidate, Evidence
 from onecard.inputs import make_inputs
 from onecard.transforms.fp8 import Fp8Product, Fp8RowwiseProduct
@@ -113,7 +114,8 @@ def table(evidence: Evidence, recipes: list[str]) -> list[str]:
     lines = [
         f"## {evidence.model}, compressed",
         "",
-        f"{card.name if card else evidence.environment.cpu}, torch {versions['torch']}; times are each variant's own, "
+        f"{card.name if card else evidence.environment.cpu}, driver {card.driver if card else '-'}, "
+        f"torch {versions['torch']}, `{evidence.command}`; times are each variant's own, "
         f"ratios to {recipes[0]} (above 1 is faster)",
         "",
         f"| recipe | verdict | {heads} | rel. error | top-1 | MiB | disk MiB | layers | kept |",
@@ -287,11 +289,16 @@ def time_linears(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def linears_table(found: list[dict[str, Any]]) -> list[str]:
+def linears_table(found: list[dict[str, Any]], device: str) -> list[str]:
     """Markdown: a row a scheme and shape, and for each number of rows microseconds and the ratio to fp16."""
     rows = sorted({f["rows"] for f in found if f["rows"]})
     by_case = {(f["scheme"], f["shape"], f["rows"]): f for f in found}
-    lines = ["## Linear layers alone", "", "Microseconds alone, and behind layer norm or GELU; (ratio to fp16)", ""]
+    environment = detect(device)
+    card = environment.card
+    where = f"{card.name}, driver {card.driver}" if card else environment.cpu
+    lines = ["## Linear layers alone", "", f"{where}, torch {torch.__version__}. Microseconds alone, and behind "]
+    lines[-1] += "layer norm or GELU; (ratio to fp16)"
+    lines.append("")
     lines.append("| K x N | scheme | error | " + " | ".join(f"M={m} alone | behind" for m in rows) + " |")
     lines.append("|---|---|---:|" + "---:|" * (2 * len(rows)))
     for shape in dict.fromkeys(f["shape"] for f in found if f["shape"]):
@@ -353,7 +360,7 @@ def main() -> None:
         print("linears:", flush=True)
         found = time_linears(arguments)
         (arguments.out / "linears-compression.json").write_text(json.dumps(found, indent=1))
-        lines = linears_table(found)
+        lines = linears_table(found, arguments.device)
         (arguments.out / "linears-compression.md").write_text("\n".join(lines) + "\n")
         tables += lines
     print("\n".join(tables), flush=True)

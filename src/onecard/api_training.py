@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def qat(  # noqa: PLR0913 - keywords only
         inputs: the inputs as text.
         weights: a state dict for a model built by reference.
         data: rows to judge by; by default a tenth of ``train`` is put aside.
-        options: see :class:`onecard.training.qat.QatOptions`.
+        options: see :class:`onecard.training.qat.QatOptions`; by default three epochs on the GPU, if there is one.
 
     Returns:
         The figures of fp32, of post-training quantisation and of the trained model.
@@ -44,10 +45,12 @@ def qat(  # noqa: PLR0913 - keywords only
     Raises:
         OnecardError: see :func:`onecard.training.qat.train_qat`.
     """
+    from onecard.environment import resolve_device
     from onecard.training.data import load_training_data
+    from onecard.training.loop import TrainOptions
     from onecard.training.qat import QatOptions, judged_rows, train_qat
 
-    settled = options or QatOptions()
+    settled = options or QatOptions(TrainOptions(epochs=3, device=resolve_device("auto")))
     settled.check()
     loaded = _load(model, example_inputs, inputs, weights)
     judged = judged_rows(data, settled.metric, loaded.spec) if data else None
@@ -77,7 +80,7 @@ def prune(  # noqa: PLR0913 - keywords only
         inputs: the inputs as text.
         weights: a state dict for a model built by reference.
         data: rows to judge by; by default the last tenth of ``train``.
-        options: see :class:`onecard.training.prune_options.PruneOptions`.
+        options: see :class:`onecard.training.prune_options.PruneOptions`; by default on the GPU, if there is one.
 
     Returns:
         Costs and figures before and after.
@@ -85,10 +88,16 @@ def prune(  # noqa: PLR0913 - keywords only
     Raises:
         OnecardError: see :func:`onecard.training.prune.prune`.
     """
+    from onecard.environment import resolve_device
     from onecard.training.data import load_training_data
     from onecard.training.prune import prune as run
+    from onecard.training.prune_options import PruneOptions
     from onecard.verify.data import load_data
 
+    if options is None:
+        defaults = PruneOptions()
+        training = dataclasses.replace(defaults.training, device=resolve_device("auto"))
+        options = dataclasses.replace(defaults, training=training)
     loaded = _load(model, example_inputs, inputs, weights)
     rows = load_training_data(train, loaded.spec) if train else None
     judged = load_data(data, loaded.spec) if data else None
