@@ -201,7 +201,14 @@ def _not_found(reference: str, error: Exception) -> ModelError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' loading report and bar away; what matters of it becomes a note."""
+    """Keep transformers' loading report and bar away; what matters of it becomes a note.
+
+    Where torchao is installed transformers imports it, and it reports every kernel made for another card.
+    """
+    remarks = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    before = [logger.level for logger in remarks]
+    for logger in remarks:
+        logger.setLevel(logging.ERROR)
     from transformers.utils import logging as reports
 
     level, bar = reports.get_verbosity(), reports.is_progress_bar_enabled()
@@ -215,3 +222,5 @@ def _quiet() -> Iterator[None]:
         reports.set_verbosity(level)
         if bar:
             reports.enable_progress_bar()
+        for logger, old in zip(remarks, before, strict=True):
+            logger.setLevel(old)

@@ -299,6 +299,7 @@ def _graph_of(program: ExportedProgram, device: str) -> fx.GraphModule:
             program = move_to_device_pass(copy.deepcopy(program), device)
         module: Any = copy.deepcopy(program.module(check_guards=False))
     module.graph.set_codegen(fx.graph.CodeGen())
+    module.graph.eliminate_dead_code()  # a layer whose answer nobody reads trips the quantizer's pattern search
     return fx.GraphModule(module, module.graph)
 
 

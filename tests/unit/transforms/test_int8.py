@@ -159,6 +159,27 @@ def test_a_layer_that_is_called_twice_and_one_without_a_weight_of_its_own():
     assert relative_l2(result, flat, spec, B=4) < 0.05
 
 
+class Unread(nn.Module):
+    """A pooler behind the encoder, as sentence encoders have it, whose answer nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 16)
+        self.pooler = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        torch.tanh(self.pooler(y))
+        return y
+
+
+@pytest.mark.parametrize("transform", [static_int8, dynamic_int8])
+def test_a_layer_whose_answer_nobody_reads_is_left_out(transform):
+    flat, spec = plain(Unread(), "x: float32[B,8], B=1..16", "B", 16)
+    bench, _ = bench_for(flat, spec)
+    assert quantised(transform(flat, bench)) == ["linear"]
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
