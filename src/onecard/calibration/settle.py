@@ -24,8 +24,8 @@ def settle(
 ) -> Compression:
     """Find the method and the layers to keep; the caller then builds the artifact with them.
 
-    Every method is tried with all layers compressed, and the one with the smallest error (of those that
-    pass, if any do) stands. If none passes, the layers that lose most are kept in higher precision: one, two,
+    Every method is tried with all layers compressed, and the one with the smallest error to the original (of those
+    that pass, if any do) stands. If none passes, the layers that lose most are kept in higher precision: one, two,
     four ... until the judge passes it or half of the layers are kept. Past the bench's deadline nothing more is
     tried, and the best so far stands.
 
@@ -97,9 +97,13 @@ def _try(scheme: str, method: str, kept: tuple[str, ...], make: Make, bench: Ben
 
 
 def _order(trial: Trial) -> tuple[bool, int, float, float]:
-    """Passing first, then fewest layers kept, then the better metric, then the smaller error."""
-    better = -(trial.metric if trial.metric is not None else 0.0)
-    return (not trial.passed, len(trial.kept) if trial.passed else 0, better, trial.error)
+    """Passing first, then fewest layers kept, then the smaller error.
+
+    A metric says whether a trial passes, but among those that do, one that beats the original does so by chance. Of
+    trials that fail, the better metric is nearer.
+    """
+    worse = -trial.metric if trial.metric is not None and not trial.passed else 0.0
+    return (not trial.passed, len(trial.kept) if trial.passed else 0, worse, trial.error)
 
 
 def _growing(ranked: Sequence[str], layers: int) -> Iterator[tuple[str, ...]]:

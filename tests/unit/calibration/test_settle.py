@@ -109,3 +109,9 @@ def test_past_the_deadline_nothing_more_is_tried():
     found = settle("int8", LAYERS, ("a", "b"), make, bench(errors, deadline=0.0), lambda: RANKED)
     assert (found.method, len(found.trials), found.sensitivity) == ("a", 1, ())
     assert "--candidate-time-limit" in found.notes[0]
+
+
+def test_a_metric_above_the_originals_is_luck_and_does_not_choose():
+    judged = {"a": Judgement(0.06, 0.56, True), "b": Judgement(0.13, 0.59, True), "c": Judgement(0.01, 0.2, False)}
+    place = Bench(parse_spec(["x: float32[2,3]"]), "cpu", {}, judge=lambda run: judged[run[0]])  # type: ignore[index]
+    assert settle("int8", LAYERS, ("a", "b", "c"), make, place).method == "a"
