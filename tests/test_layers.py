@@ -19,6 +19,7 @@ BASE = {
     "errors": set(),
     "host": set(),
     "nvml": set(),
+    "quiet": set(),
     "spec": {"errors"},
     "recipe": set(),
     "units": {"errors"},

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import shutil
 import tempfile
@@ -37,6 +36,7 @@ from onecard.errors import Unsupported
 from onecard.evidence import Verdict
 from onecard.models.flat import FlatModule
 from onecard.models.wording import first_line
+from onecard.quiet import muted
 from onecard.transforms.precision import precision_scope
 
 _CODE, _PLAN, _KERNELS = "graph.py", "graph.json", "kernels"
@@ -171,7 +171,8 @@ def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured
         precision_scope(target.recipe.precision),
         _replaced(compile_fx, "fx_codegen_and_compile", catch),
         packings.noted(),
-        _quiet("torch._inductor.standalone_compile"),
+        # It warns that its own (unwanted) cache artifact cannot be saved.
+        muted("torch._inductor.standalone_compile", warned=False),
     ):
         try:
             standalone_compile(gm, example, dynamic_shapes="from_graph", options={})
@@ -276,15 +277,3 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-@contextlib.contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    """Inductor warns that its own (unwanted) cache artifact cannot be saved."""
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -9,10 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from onecard.errors import Unsupported, UsageError
 from onecard.evidence import Verdict
 from onecard.models.flat import FlatModule
 from onecard.models.wording import first_line
+from onecard.quiet import muted
 from onecard.spec import Spec
 
 PROVIDERS = {
@@ -33,6 +31,8 @@ PROVIDERS = {
 }
 _FILE = "model.onnx"
 _ENGINES = "engines"
+_CONVERTERS = ("torch.onnx", "onnxscript", "onnx_ir")
+"""The loggers that tell of operators skipped and constants not folded: neither changes an answer."""
 _QUIET = 3
 """ONNX Runtime's severity "error": its warnings tell of graph details nobody can act on."""
 _UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
@@ -212,7 +212,7 @@ def _export(module: FlatModule, inputs: Tensors, folder: Path, target: Target) -
     program = export_program(module, inputs, target)
     tensors = (*module.parameters(), *module.buffers())
     weight_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    with quiet_export(), _quiet_converters():
+    with quiet_export(), muted(*_CONVERTERS, warned=False):
         try:
             onnx_program = torch.onnx.export(
                 program,
@@ -228,20 +228,6 @@ def _export(module: FlatModule, inputs: Tensors, folder: Path, target: Target) -
             onnx_program.save(str(folder / _FILE), external_data=weight_bytes > EXTERNAL_DATA_BYTES)
         except Exception as error:  # the exporter wraps what it meets in errors of many kinds
             raise Unsupported(f"torch.onnx cannot convert this model: {first_line(error)}") from error
-
-
-@contextmanager
-def _quiet_converters() -> Iterator[None]:
-    """Silence the log of operators skipped and constants not folded: neither changes an answer."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _copy(source: Path, folder: Path) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import tempfile
-import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from onecard.models.probe import probe_sizes, sample_inputs, spec_at
 from onecard.models.program import input_values, symbolic_shape
 from onecard.models.vet import DEFAULT_CAP_BYTES, MODEL, clean_copy, rejector
 from onecard.models.wording import first_line
+from onecard.quiet import muted
 from onecard.spec import Bucket, Spec
 
 
@@ -41,7 +39,7 @@ def save_exported(program: ExportedProgram, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "model.pt2"
         try:
-            with _quiet():
+            with muted("torch.export", level=logging.CRITICAL):
                 torch.export.save(program, raw)
             clean_copy(raw, path, rejector(path, ModelError), DEFAULT_CAP_BYTES, drop_samples=True)
         except Exception as error:
@@ -86,7 +84,7 @@ def load_exported(
         copy = Path(folder) / "model.pt2"
         clean_copy(path, copy, rejector(path, error), cap_bytes, drop_samples=drop_samples)
         try:
-            with _quiet():
+            with muted("torch.export", level=logging.CRITICAL):
                 _register_operators(copy)
                 return torch.export.load(copy)
         except Exception as reason:
@@ -111,7 +109,7 @@ def flat_program(program: ExportedProgram) -> nn.Module:
     The module that ``ExportedProgram.module`` gives refuses ``eval()`` and packs arguments into the
     containers of its first call; neither is wanted behind :class:`onecard.models.flat.FlatModule`.
     """
-    with _quiet():
+    with muted("torch.export", level=logging.CRITICAL):
         module = program.module(check_guards=False)
         graph = module.graph
         graph.set_codegen(fx.graph.CodeGen())
@@ -157,7 +155,7 @@ def export_flat(flat: FlatModule, spec: Spec) -> tuple[ExportedProgram, Spec, li
 
 
 def _export(flat: FlatModule, example: tuple[Tensor, ...], shapes: Any) -> ExportedProgram:
-    with _quiet(), torch.inference_mode(False), torch.no_grad():
+    with muted("torch.export", level=logging.CRITICAL), torch.inference_mode(False), torch.no_grad():
         return torch.export.export(flat, example, dynamic_shapes=shapes, strict=False)
 
 
@@ -189,17 +187,3 @@ def _is_dynamic(program: ExportedProgram, spec: Spec) -> bool:
             if limits is None or limits.lower > spec.symbols[dim].low or limits.upper < spec.symbols[dim].high:
                 return False
     return True
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what torch deprecates inside its own exporter and its log of failures that are handled here."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from onecard.models.model import Model, Origin
 from onecard.models.request import Request
 from onecard.models.weights import load_strictly, read_checkpoint
 from onecard.models.wording import first_line
+from onecard.quiet import TORCHAO, muted
 from onecard.spec import Dim, Range, Spec, TensorSpec
 
 _BATCH = Range(1, 8)
@@ -205,22 +205,15 @@ def _quiet() -> Iterator[None]:
 
     Where torchao is installed transformers imports it, and it reports every kernel made for another card.
     """
-    remarks = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    before = [logger.level for logger in remarks]
-    for logger in remarks:
-        logger.setLevel(logging.ERROR)
-    from transformers.utils import logging as reports
+    with muted(*TORCHAO):
+        from transformers.utils import logging as reports
 
-    level, bar = reports.get_verbosity(), reports.is_progress_bar_enabled()
-    reports.set_verbosity(logging.ERROR)
-    reports.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        level, bar = reports.get_verbosity(), reports.is_progress_bar_enabled()
+        reports.set_verbosity(logging.ERROR)
+        reports.disable_progress_bar()
+        try:
             yield
-    finally:
-        reports.set_verbosity(level)
-        if bar:
-            reports.enable_progress_bar()
-        for logger, old in zip(remarks, before, strict=True):
-            logger.setLevel(old)
+        finally:
+            reports.set_verbosity(level)
+            if bar:
+                reports.enable_progress_bar()

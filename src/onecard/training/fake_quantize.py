@@ -6,12 +6,9 @@ have symmetric scales, per output channel or per tensor; activations one asymmet
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import logging
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +21,7 @@ from onecard.inputs import make_inputs
 from onecard.models.exported import export_flat
 from onecard.models.flat import FlatModule, positional
 from onecard.models.wording import first_line
+from onecard.quiet import TORCHAO, muted
 from onecard.spec import Spec
 from onecard.transforms.fuse import fold_batch_norm
 
@@ -100,7 +98,7 @@ def prepare(program: ExportedProgram, scheme: Scheme, device: str = "cpu") -> fx
 
     graph = _graph_of(program, device)
     quantizer = _quantizer(scheme)
-    with quiet():
+    with muted(*TORCHAO):
         quantizer.annotate(graph)
         _annotate_rest(graph, quantizer.global_config)
         try:
@@ -160,7 +158,7 @@ def convert(program: ExportedProgram, scheme: Scheme, trained: nn.Module, flat: 
     twin = prepare(program, scheme)
     twin.load_state_dict({n: t.cpu() if isinstance(t, Tensor) else t for n, t in trained.state_dict().items()})
     twin.requires_grad_(False)
-    with quiet(), torch.no_grad():
+    with muted(*TORCHAO), torch.no_grad():
         graph = convert_pt2e(twin)
     plan = positional(flat.plan.inputs)
     # What convert returns refuses eval(); the same graph in a module of its own does not.
@@ -175,28 +173,12 @@ def require_torchao() -> None:
         MissingDependencyError: it is not installed.
     """
     try:
-        with quiet():
+        with muted(*TORCHAO):
             import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
             "quantisation-aware training needs torchao.", "pip install 'onecard[quantize]'"
         ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what torchao says about kernels of other cards, and what torch deprecates inside it."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 class _Affine(nn.Module):
@@ -292,7 +274,7 @@ def _is_weight(value: Any) -> bool:
 
 def _graph_of(program: ExportedProgram, device: str) -> fx.GraphModule:
     """A fresh graph: tensors in by position, a tuple of tensors out; weights of its own."""
-    with quiet():
+    with muted(*TORCHAO):
         if device != "cpu":
             from torch.export.passes import move_to_device_pass
 

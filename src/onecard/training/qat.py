@@ -25,6 +25,7 @@ from onecard.host import cache_folder
 from onecard.models.exported import export_flat, save_exported
 from onecard.models.flat import FlatModule
 from onecard.models.model import Model
+from onecard.quiet import TORCHAO, muted
 from onecard.spec import Spec
 from onecard.training import fake_quantize as fake
 from onecard.training.checkpoint import run_key
@@ -348,7 +349,7 @@ def _write(module: FlatModule, spec: Spec, result: QatResult, output: Path) -> N
     aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     record = aside.with_suffix(".json.tmp")
     try:
-        with fake.quiet():
+        with muted(*TORCHAO):
             program, _, notes = export_flat(module, spec)
         if notes:
             raise ModelError(f"the trained model cannot be exported for all its sizes: {notes[0]}.")

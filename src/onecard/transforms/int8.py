@@ -7,12 +7,9 @@ the layers are replaced, see ``onecard.transforms.int8_linear``.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import operator
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +22,7 @@ from onecard.calibration.settle import settle
 from onecard.errors import MissingDependencyError, Unsupported
 from onecard.models.exported import export_flat
 from onecard.models.flat import FlatModule, positional
+from onecard.quiet import TORCHAO, muted
 from onecard.transforms.observers import METHODS, observer
 
 _aten = torch.ops.aten
@@ -144,7 +142,7 @@ def _convert(graph: fx.GraphModule, method: str, kept: set[str], bench: Bench) -
     for node in list(graph.graph.nodes):
         if node.op == "call_function":
             _prepare(node, keep=_weight_of(node) in {*kept, ""} if node.target in _STATIC else True)
-    with _quiet(), torch.inference_mode(False), torch.no_grad():
+    with muted(*TORCHAO), torch.inference_mode(False), torch.no_grad():
         prepared = prepare_pt2e(graph, _quantizer(method))
         # Dynamic scales need one run too, for the weights are observed in it.
         for batch in bench.batches() if method else (bench.inputs,):
@@ -229,23 +227,7 @@ def _runner(module: FlatModule, bench: Bench) -> Run:
 
 def _require_torchao() -> None:
     try:
-        with _quiet():
+        with muted(*TORCHAO):
             import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError("INT8 on a CPU needs torchao.", "pip install 'onecard[quantize]'") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what torchao says about kernels of other cards, and what torch deprecates inside it."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
