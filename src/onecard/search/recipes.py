@@ -157,7 +157,9 @@ def _cpu_recipes(traits: Traits) -> list[Recipe]:
         Recipe("torchscript", "script"),
     ]
     if fold:
-        recipes.append(Recipe("eager", "", fold))
+        recipes += [Recipe("eager", "", fold), Recipe("eager", "", (*layout, *fold, "fuse_activation"))]
+    if traits.linears and not traits.convs:
+        recipes.append(Recipe("eager", "", ("fuse_qkv",)))
     if traits.cpu_bf16:
         recipes += [
             Recipe("openvino", "bf16"),
@@ -192,6 +194,10 @@ def _cuda_recipes(traits: Traits) -> list[Recipe]:
         Recipe("tensorrt", "", ("fp16",)),
         Recipe("aoti", "", half),
     ]
+    if fold:
+        recipes.append(Recipe("cudagraph", "eager", (*layout, *fold, "fuse_activation", "fp16"), static=True))
+    if traits.linears and not traits.convs:
+        recipes.append(Recipe("cudagraph", "inductor", ("fuse_qkv", "fp16"), static=True))
     if traits.tf32:
         recipes += [
             Recipe("eager", "", ("tf32",)),

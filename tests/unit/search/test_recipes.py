@@ -42,6 +42,14 @@ def test_layers_decide_about_transforms():
     assert "inductor+channels_last+fold_bn+fp16@bucket" in ids("cuda", "convs", "norms")
 
 
+def test_fusions_are_tried_where_there_may_be_something_to_fuse():
+    assert "eager+channels_last+fold_bn+fuse_activation" in ids("convs", "norms")
+    assert "cudagraph.eager+channels_last+fold_bn+fuse_activation+fp16@bucket" in ids("cuda", "convs", "norms")
+    assert "eager+fuse_qkv" in ids("linears")
+    assert "cudagraph.inductor+fuse_qkv+fp16@bucket" in ids("cuda", "linears")
+    assert not [name for name in ids("linears", "convs") + ids() if "fuse" in name]
+
+
 def test_the_card_decides_about_engines_and_precision():
     assert not [name for name in ids("cuda") if "openvino" in name or "tf32" in name]
     assert "eager+tf32" in ids("cuda", "tf32")
