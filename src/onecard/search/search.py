@@ -17,7 +17,6 @@ from onecard.environment import detect
 from onecard.errors import InterruptedSearch, SearchError, UsageError
 from onecard.evidence import Candidate, Evidence, Verdict
 from onecard.host import cache_folder
-from onecard.measure.card import is_throttled
 from onecard.models.model import Model
 from onecard.models.source import save_source
 from onecard.recipe import ORIGINAL, Recipe
@@ -34,6 +33,7 @@ from onecard.search.job import (
 )
 from onecard.search.material import Material
 from onecard.search.options import Observer, Options, Progress
+from onecard.search.outcome import settled, throttled_notes
 from onecard.search.processes import Running, Supervisor, Task, tail, verdict_of_exit
 from onecard.search.recipes import select_recipes, traits_of
 from onecard.spec import default_buckets
@@ -361,7 +361,7 @@ class Search:
 
     def _evidence(self, playoff: PlayoffResult, notes: list[str]) -> Evidence:
         notes += [f"{name} could not take part in the play-off: {why}" for name, why in playoff.absent.items()]
-        notes += _throttled_notes(playoff)
+        notes += throttled_notes(playoff)
         if self.interrupted:
             notes.append("the search was interrupted; run the same command again to finish it")
         evidence = Evidence(
@@ -380,7 +380,7 @@ class Search:
             params=sum(p.numel() for p in self.model.flat.parameters()),
         )
         choice = choose(evidence, self.options.wishes)
-        candidates = tuple(_settled(c, evidence, choice.chosen) for c in evidence.candidates)
+        candidates = tuple(settled(c, evidence, choice.chosen) for c in evidence.candidates)
         return msgspec.structs.replace(
             evidence,
             candidates=candidates,
@@ -391,32 +391,8 @@ class Search:
         )
 
 
-def _throttled_notes(playoff: PlayoffResult) -> list[str]:
-    """Say at which buckets the card held itself back in the play-off, and why."""
-    reasons: dict[str, set[str]] = {}
-    for timing in (t for timings in playoff.timings.values() for t in timings):
-        if is_throttled(timing.after):
-            reasons.setdefault(timing.label or "the one size", set()).update(timing.after.throttle)
-    return [
-        f"the card slowed itself down in the play-off at {label} ({', '.join(sorted(why))}), twice in a row: "
-        "that is its lasting speed under this load, and all finalists met it alike"
-        for label, why in reasons.items()
-    ]
-
-
 def _artifact_of(recipe: Recipe) -> Recipe | None:
     """The recipe whose artifact is the very same: a CUDA graph is captured when its inner backend is loaded."""
     if recipe.backend != "cudagraph":
         return None
     return msgspec.structs.replace(recipe, backend=recipe.mode, mode="")
-
-
-def _settled(candidate: Candidate, evidence: Evidence, chosen: str) -> Candidate:
-    """Mark what passed but is no faster than the original at any bucket."""
-    if not candidate.verdict.ok or candidate.id in (chosen, ORIGINAL.id):
-        return candidate
-    pairs = [(evidence.timing(candidate.id, b), evidence.timing(ORIGINAL.id, b)) for b in evidence.buckets or ({},)]
-    if all(a is not None and o is not None and a.median_ms >= o.median_ms for a, o in pairs):
-        verdict = Verdict("slower", "right, but at no bucket faster than the original")
-        return msgspec.structs.replace(candidate, verdict=verdict)
-    return candidate

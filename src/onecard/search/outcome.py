@@ -1,0 +1,34 @@
+"""What is left to say of the candidates once the play-off is over."""
+
+from __future__ import annotations
+
+import msgspec
+
+from onecard.evidence import Candidate, Evidence, Verdict
+from onecard.measure.card import is_throttled
+from onecard.recipe import ORIGINAL
+from onecard.search.job import PlayoffResult
+
+
+def throttled_notes(playoff: PlayoffResult) -> list[str]:
+    """Say at which buckets the card held itself back in the play-off, and why."""
+    reasons: dict[str, set[str]] = {}
+    for timing in (t for timings in playoff.timings.values() for t in timings):
+        if is_throttled(timing.after):
+            reasons.setdefault(timing.label or "the one size", set()).update(timing.after.throttle)
+    return [
+        f"the card slowed itself down in the play-off at {label} ({', '.join(sorted(why))}), twice in a row: "
+        "that is its lasting speed under this load, and all finalists met it alike"
+        for label, why in reasons.items()
+    ]
+
+
+def settled(candidate: Candidate, evidence: Evidence, chosen: str) -> Candidate:
+    """Mark what passed but is no faster than the original at any bucket."""
+    if not candidate.verdict.ok or candidate.id in (chosen, ORIGINAL.id):
+        return candidate
+    pairs = [(evidence.timing(candidate.id, b), evidence.timing(ORIGINAL.id, b)) for b in evidence.buckets or ({},)]
+    if all(a is not None and o is not None and a.median_ms >= o.median_ms for a, o in pairs):
+        verdict = Verdict("slower", "right, but at no bucket faster than the original")
+        return msgspec.structs.replace(candidate, verdict=verdict)
+    return candidate
