@@ -10,6 +10,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from onecard.spec import Spec
+
 Template = Any
 """A JSON-like tree of a call's arguments, in which ``{"$": "name"}`` stands for the input of that name, and
 ``{"()": [...]}`` for a tuple, which JSON cannot tell from a list."""
@@ -161,3 +163,15 @@ class FlatModule(nn.Module):
     def output_names(self, answer: Any) -> tuple[str, ...]:
         """The names that :func:`named_leaves` gives to an answer of the original."""
         return tuple(name for name, _ in named_leaves(answer))
+
+
+def by_name(module: nn.Module, spec: Spec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Call a module that follows the flat convention with named tensors, and name its answers.
+
+    Args:
+        module: takes the spec's inputs by position and gives a tuple in the order of its outputs.
+        spec: names both.
+        inputs: on the module's device; more than the spec's are ignored.
+    """
+    answers = module(*(inputs[t.name] for t in spec.inputs))
+    return dict(zip((t.name for t in spec.outputs), answers, strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onecard.calibration.bench import Bench, Judgement, Run
 from onecard.evidence import Compression, OutputError
-from onecard.models.flat import FlatModule
+from onecard.models.flat import FlatModule, by_name
 from onecard.recipe import Recipe
 from onecard.search.job import Job, JobFolder
 from onecard.transforms.precision import precision_scope
@@ -80,8 +80,7 @@ def _make_judge(
 
     def original(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode(), precision_scope("fp32"):
-            outputs = module(*(inputs[t.name] for t in job.spec.inputs))
-        return dict(zip((t.name for t in job.spec.outputs), outputs, strict=True))
+            return by_name(module, job.spec, inputs)
 
     wanted = answers_of(original, job.spec, judged, job.device)
     best = evaluate(wanted, judged, job.metric) if job.metric and data is not None else None

@@ -33,6 +33,7 @@ from onecard.inputs import make_inputs
 from onecard.measure.card import CardSampler, is_throttled
 from onecard.measure.memory import MemoryWatch
 from onecard.measure.timer import Effort, Stopwatch, measure, no_garbage_collection, rotation
+from onecard.models.flat import by_name
 from onecard.models.source import load_source, read_source
 from onecard.recipe import Recipe
 from onecard.search.bench import load_rows, make_bench, real_inputs
@@ -87,12 +88,11 @@ def make_reference(folder: JobFolder) -> None:
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode(), precision_scope("fp32"):
-            outputs = module(*(inputs[t.name] for t in job.spec.inputs))
-        return dict(zip((t.name for t in job.spec.outputs), outputs, strict=True))
+            return by_name(module, job.spec, inputs)
 
     folder.reference.mkdir(exist_ok=True)
     cases = make_cases(job.spec, job.buckets)
-    rows = real_inputs(folder, job)
+    rows = data.inputs if data else real_inputs(folder, job)
     found = compute_reference(run, job.spec, cases, folder.reference, rows, job.device)
     metric = _evaluate(run, job, data) if job.metric and data else None
     error = _fp64_error(run, module, job, cases[0], rows)
@@ -169,7 +169,8 @@ def run_candidate(folder: JobFolder, recipe: Recipe, limit_s: float) -> None:
 
 def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult:
     job = folder.read_job()
-    data, inputs = load_rows(folder, job), real_inputs(folder, job)
+    data = load_rows(folder, job)
+    inputs = data.inputs if data else real_inputs(folder, job)
     card, memory = CardSampler(job.device), MemoryWatch(job.device)
     _stage(place, "loading")
     started = time.perf_counter()

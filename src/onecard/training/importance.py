@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onecard.errors import UsageError
-from onecard.models.flat import FlatModule
+from onecard.models.flat import FlatModule, by_name
 from onecard.spec import Spec
 from onecard.training.channels import ChannelGroup, Inputs, Removal, full_group
 from onecard.training.data import TrainingData
@@ -20,6 +20,7 @@ from onecard.training.loop import TrainOptions
 from onecard.training.losses import get_loss
 from onecard.verify.compare import looks_like_logits
 from onecard.verify.data import Dataset
+from onecard.verify.reference import to_device
 
 CRITERIA = ("magnitude", "taylor")
 _BATCHES = 32  # the order of the channels hardly changes with more
@@ -112,8 +113,7 @@ def _estimator(criterion: str) -> Any:
 
 
 def _run(module: FlatModule, batch: Dataset, spec: Spec, device: str) -> dict[str, Tensor]:
-    outputs = module(*(batch.inputs[t.name].to(device) for t in spec.inputs))
-    return dict(zip((t.name for t in spec.outputs), outputs, strict=True))
+    return by_name(module, spec, to_device(batch.inputs, device))
 
 
 def _self_loss(outputs: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:

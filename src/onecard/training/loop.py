@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from onecard.errors import InterruptedSearch, ModelError, OnecardError, UsageError
-from onecard.models.flat import FlatModule
+from onecard.models.flat import FlatModule, by_name
 from onecard.models.wording import first_line
 from onecard.spec import Spec
 from onecard.training.checkpoint import (
@@ -34,6 +34,7 @@ from onecard.training.checkpoint import (
 from onecard.training.data import TrainingData, step_seed
 from onecard.training.losses import Loss, get_loss
 from onecard.verify.data import Dataset, Labels
+from onecard.verify.reference import to_device
 
 _WARM_UP_SHARE = 0.05  # of all steps
 _WEIGHT_DECAY = 1e-4
@@ -328,8 +329,7 @@ def _answers(teacher: FlatModule | None, spec: Spec, device: str) -> Callable[[D
 
     def answers(batch: Dataset) -> dict[str, Tensor]:
         with torch.no_grad():
-            outputs = teacher(*(batch.inputs[t.name].to(device) for t in spec.inputs))
-        return dict(zip((t.name for t in spec.outputs), outputs, strict=True))
+            return by_name(teacher, spec, to_device(batch.inputs, device))
 
     return answers
 

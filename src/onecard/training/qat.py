@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,7 @@ from onecard.errors import DataError, ModelError, StorageError, Unsupported, Usa
 from onecard.evidence import to_json
 from onecard.host import cache_folder
 from onecard.models.exported import export_flat, save_exported
-from onecard.models.flat import FlatModule
+from onecard.models.flat import FlatModule, by_name
 from onecard.models.model import Model
 from onecard.quiet import TORCHAO, muted
 from onecard.spec import Spec
@@ -214,7 +215,7 @@ class _Judge:
 
     @staticmethod
     def of(model: Model, rows: Dataset, metric: str) -> _Judge:
-        wanted = answers_of(_run_of(model.flat, model.spec), model.spec, rows, "cpu")
+        wanted = _answers(model.flat, model.spec, rows)
         broken = [n for n, t in wanted.items() if t.is_floating_point() and not bool(t.isfinite().all())]
         if broken:
             raise ModelError(
@@ -224,7 +225,7 @@ class _Judge:
         return _Judge(model.spec, rows, wanted, metric or _metric_for(rows, wanted))
 
     def figure(self, module: FlatModule) -> Figure:
-        answers = answers_of(_run_of(module, self.spec), self.spec, self.rows, "cpu")
+        answers = _answers(module, self.spec, self.rows)
         errors = [compare(name, answers[name], wanted, "judged rows") for name, wanted in self.wanted.items()]
         agreements = [e.top1_agreement for e in errors if e.top1_agreement is not None]
         metric = evaluate(answers, self.rows, self.metric) if self.metric else None
@@ -320,13 +321,9 @@ class _Work:
         fake.set_observing(student, epochs == 1 or epoch < max(1, round(epochs * _FREEZE_AFTER)))
 
 
-def _run_of(module: FlatModule, spec: Spec) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            outputs = module(*(inputs[t.name] for t in spec.inputs))
-        return dict(zip((t.name for t in spec.outputs), outputs, strict=True))
-
-    return run
+@torch.no_grad()
+def _answers(module: FlatModule, spec: Spec, rows: Dataset) -> dict[str, Tensor]:
+    return answers_of(partial(by_name, module, spec), spec, rows, "cpu")
 
 
 def _metric_for(rows: Dataset, wanted: dict[str, Tensor]) -> str:

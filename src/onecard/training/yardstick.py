@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from onecard.models.flat import FlatModule
+from onecard.models.flat import FlatModule, by_name
 from onecard.spec import Spec
 from onecard.verify.compare import compare
 from onecard.verify.data import Dataset
@@ -50,12 +51,8 @@ def make_yardstick(original: FlatModule, spec: Spec, rows: Dataset, metric: str,
     """
 
     def answers(module: FlatModule) -> dict[str, Tensor]:
-        def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-            outputs = module(*(inputs[t.name] for t in spec.inputs))
-            return dict(zip((t.name for t in spec.outputs), outputs, strict=True))
-
         with torch.inference_mode():
-            return answers_of(run, spec, rows, device)
+            return answers_of(partial(by_name, module, spec), spec, rows, device)
 
     wanted = answers(original)
     if metric:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
 import torch
 from torch import fx
 
@@ -9,7 +12,7 @@ from onecard.calibration.bench import Bench, Run
 from onecard.calibration.settle import settle
 from onecard.errors import Unsupported
 from onecard.models.exported import flat_program, load_exported
-from onecard.models.flat import FlatModule, positional
+from onecard.models.flat import FlatModule, by_name, positional
 
 _LAYERS = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
 
@@ -42,15 +45,11 @@ def _adopt(module: FlatModule, bench: Bench, name: str, maker: str) -> FlatModul
     plan = positional(module.plan.inputs)
     adopted = FlatModule(inner, type(plan)(plan.inputs, plan.args, {}, module.plan.outputs)).eval()
 
-    def run(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with torch.inference_mode():
-            outputs = adopted(*(inputs[t.name] for t in bench.spec.inputs))
-        return dict(zip((t.name for t in bench.spec.outputs), outputs, strict=True))
-
     def make(method: str, kept: tuple[str, ...]) -> Run:
-        return run
+        return partial(by_name, adopted, bench.spec)
 
-    settle(name, _layers(inner), ("",), make, bench)
+    # Nothing is calibrated here: the rows only judge.
+    settle(name, _layers(inner), ("",), make, dataclasses.replace(bench, calibration=None))
     return adopted
 
 

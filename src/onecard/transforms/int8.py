@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from onecard.calibration.sensitivity import quantisable_layers, rank_layers
 from onecard.calibration.settle import settle
 from onecard.errors import MissingDependencyError, Unsupported
 from onecard.models.exported import export_flat
-from onecard.models.flat import FlatModule, positional
+from onecard.models.flat import FlatModule, by_name, positional
 from onecard.quiet import TORCHAO, muted
 from onecard.transforms.observers import METHODS, observer
 
@@ -105,7 +106,7 @@ def _quantise(scheme: str, methods: tuple[str, ...], module: FlatModule, bench: 
         return FlatModule(graph, _plan(module)).eval()
 
     def make(method: str, kept: tuple[str, ...]) -> Run:
-        return _runner(convert(method, kept), bench)
+        return partial(by_name, convert(method, kept), bench.spec)
 
     layers = tuple(dict.fromkeys(layer for layer in names.values() if layer))
     found = settle(scheme, layers, methods, make, bench, rank=lambda: rank_layers(module, bench, layers))
@@ -215,14 +216,6 @@ def _graph_of(program: ExportedProgram) -> fx.GraphModule:
 def _plan(module: FlatModule) -> Any:
     plan = positional(module.plan.inputs)
     return type(plan)(plan.inputs, plan.args, plan.kwargs, module.plan.outputs)
-
-
-def _runner(module: FlatModule, bench: Bench) -> Run:
-    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        answer = module(*(inputs[t.name] for t in bench.spec.inputs))
-        return dict(zip((t.name for t in bench.spec.outputs), answer, strict=True))
-
-    return run
 
 
 def _require_torchao() -> None:

@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from onecard.calibration.sensitivity import rank_layers
 from onecard.calibration.settle import settle
 from onecard.errors import Unsupported
 from onecard.evidence import LayerError
-from onecard.models.flat import FlatModule
+from onecard.models.flat import FlatModule, by_name
 
 MINMAX, PERCENTILE = "minmax", "percentile"
 """How a static scale is found: the largest magnitude of all rows, or what all but one value in 10,000 stay below."""
@@ -142,7 +143,7 @@ def compress(module: FlatModule, bench: Bench, scheme: Scheme) -> FlatModule:
         return target
 
     def attempt(method: str, kept: tuple[str, ...]) -> Run:
-        return _runner(swapped(copy_module(module), method, kept), bench)
+        return partial(by_name, swapped(copy_module(module), method, kept), bench.spec)
 
     def rank() -> tuple[LayerError, ...]:
         return rank_layers(module, bench, tuple(layers))
@@ -290,16 +291,6 @@ def _is_pointwise(layer: nn.Module) -> bool:
         and layer.padding in ((0, 0), 0, "valid", "same")
         and layer.groups == 1
     )
-
-
-def _runner(module: FlatModule, bench: Bench) -> Run:
-    names = tuple(t.name for t in bench.spec.outputs)
-
-    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        answers = module(*(inputs[name] for name in module.plan.inputs))
-        return dict(zip(names, answers, strict=True))
-
-    return run
 
 
 def _cure(module: FlatModule, scheme: Scheme) -> str:

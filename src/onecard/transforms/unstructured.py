@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils import prune
 from onecard.calibration.bench import Bench, Run
 from onecard.calibration.settle import settle
 from onecard.evidence import Compression
-from onecard.models.flat import FlatModule
+from onecard.models.flat import FlatModule, by_name
 
 SHARE = 0.5
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -36,12 +37,7 @@ def unstructured(module: FlatModule, bench: Bench) -> FlatModule:
 
     def make(method: str, kept: tuple[str, ...]) -> Run:
         trial = _pruned(copy.deepcopy(module), [name for name in names if name not in kept])
-
-        def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-            outputs = trial(*(inputs[t.name] for t in bench.spec.inputs))
-            return dict(zip((t.name for t in bench.spec.outputs), outputs, strict=True))
-
-        return run
+        return partial(by_name, trial, bench.spec)
 
     note = f"a baseline: {SHARE:.0%} of the weights are zero, but they are stored and multiplied like all others"
 
