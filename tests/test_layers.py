@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": {*_BASE, "models", "search", "bundle", "verify", "publish"},
     "api_training": {*_BASE, "api", "models", "training", "verify"},
     "cli_training": {*_BASE, "models", "training"},
-    "cli_prune": {*_BASE, "models", "training", "verify"},
+    "cli_prune": {*_BASE, "cli_training", "models", "training", "verify"},
     "cli": {*_BASE, "api", "bundle", "cli_prune", "cli_training", "report", "doctor", "listing", "live"},
     "__main__": {"cli"},
     "onecard": {"errors"},  # __init__.py; what it names in its table is imported when it is first used

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from onecard.cli_training import use_with
 from onecard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def prune(  # noqa: PLR0913, PLR0917 - the options are the interface
     with _Progress(err) as view:
         result = run(loaded, asked, options, output=output, data=rows, judged=judged, observe=view.update)
     print_result(result, out)
-    _print_use(model, output, data, metric, out)
+    out.print(f"Wrote {escape(str(output))} and {escape(output.with_suffix('.json').name)}", soft_wrap=True)
+    out.print(use_with(model, inputs, weights, ("--pruned", output), (data, metric)), soft_wrap=True)
 
 
 def print_result(result: PruneResult, out: Console) -> None:
@@ -120,13 +122,6 @@ def print_result(result: PruneResult, out: Console) -> None:
         out.print(f"  ({len(result.layers)} layers changed; all are in the .json)")
     for note in result.notes:
         out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
-
-
-def _print_use(model: str, output: Path, data: str | None, metric: str, out: Console) -> None:
-    gate = f" --data {data} --metric {metric}" if data and metric else " --data FILE --metric NAME"
-    out.print(f"Wrote {escape(str(output))} and {escape(output.with_suffix('.json').name)}", soft_wrap=True)
-    command = f"onecard optimize {model} --pruned {output}{gate}"
-    out.print(f"Use it with: {escape(command)}", soft_wrap=True)
 
 
 class _Progress:

@@ -79,11 +79,21 @@ def qat(  # noqa: PLR0913, PLR0917 - the options are the interface
     with TrainingView(_err) as view:
         result = train_qat(loaded, rows, options, output=output, judged=judged, observe=view.update, say=view.say)
     _print_result(result)
-    again = ["onecard", "optimize", model, *(part for text in inputs or () for part in ("--input", text))]
-    again += ["--weights", str(weights)] if weights else []
-    again += ["--qat", str(output)]
-    again += ["--data", data or "ROWS", "--metric", metric or result.metric or "NAME"]
-    _out.print(f"Use it: {escape(shlex.join(again))}", soft_wrap=True)
+    _out.print(use_with(model, inputs, weights, ("--qat", output), (data, metric or result.metric)), soft_wrap=True)
+
+
+def use_with(
+    model: str,
+    inputs: list[str] | None,
+    weights: Path | None,
+    program: tuple[str, Path],
+    judge: tuple[str | None, str],
+) -> str:
+    """The command that tries a written program beside the original, as markup for a console."""
+    words = ["onecard", "optimize", model, *(part for text in inputs or () for part in ("--input", text))]
+    words += ["--weights", str(weights)] if weights else []
+    words += [program[0], str(program[1]), "--data", judge[0] or "FILE", "--metric", judge[1] or "NAME"]
+    return f"Use it: {escape(shlex.join(words))}"
 
 
 def train_options(epochs: int, batch: int, lr: float, loss: str, seed: int, device: str) -> TrainOptions:

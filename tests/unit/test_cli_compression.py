@@ -120,8 +120,11 @@ def test_prune_train_and_search_with_all_of_it(rows: Path, cache: Path, tmp_path
         return done.stdout
 
     train = ["--train", str(rows), *judge, "--epochs", "1"]
-    assert "optimize" in run("prune", *model, *train, "--target", "flops=0.8", "-o", str(tmp_path / "p.pt2"))
-    assert "post-training" in run("qat", *model, *train, "-o", str(tmp_path / "q.pt2"))
+    pruned = run("prune", *model, *train, "--target", "flops=0.8", "-o", str(tmp_path / "p.pt2"))
+    trained = run("qat", *model, *train, "-o", str(tmp_path / "q.pt2"))
+    assert "post-training" in trained
+    for printed, option in ((pruned, "--pruned"), (trained, "--qat")):  # a command that works as it stands
+        assert option in printed and f"--input '{INPUT}'" in printed
     recipes = ("eager+pruned", "onnxruntime.cpu+qat", "onnxruntime.cpu+pruned+int8")
     chosen = [word for recipe in recipes for word in ("--recipe", recipe)]
     programs = ["--pruned", str(tmp_path / "p.pt2"), "--qat", str(tmp_path / "q.pt2"), "--max-drop", "1"]
