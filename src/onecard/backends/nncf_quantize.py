@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from onecard.backends.openvino_layers import LayerNode, has_attention, layer_nodes, name_layers
+from onecard.backends.signal_stack import kept_signal_stack
 from onecard.calibration.bench import NO_ROWS_CURE, Bench, Run
 from onecard.calibration.sensitivity import quantisable_layers, rank_layers
 from onecard.calibration.settle import settle
@@ -156,7 +157,7 @@ def _methods(scheme: str, nodes: list[LayerNode], has_rows: bool) -> tuple[str, 
 
 def _quantize(scheme: str, method: str, model: Any, scope: list[str], rows: _Rows) -> Any:
     try:
-        with _quiet_nncf() as nncf:
+        with _quiet_nncf() as nncf, kept_signal_stack():
             if scheme == "int8":
                 quantized = _int8(nncf, method, model, scope, rows)
             elif scheme == "int4_weights":

@@ -20,6 +20,7 @@ from onecard.backends.base import Target, Tensors
 from onecard.backends.export import export_program, onnx_file, quiet_export
 from onecard.backends.nncf_quantize import SCHEMES, Feed, Subject, quantize
 from onecard.backends.quantized_program import float_weights
+from onecard.backends.signal_stack import kept_signal_stack
 from onecard.calibration.bench import Run
 from onecard.errors import Unsupported, UsageError
 from onecard.evidence import Verdict
@@ -177,7 +178,8 @@ def _compile(ov: Any, model: Any, target: Target) -> Any:
     scheme = target.native(OpenVinoBackend())
     if scheme in ACTIVATION_GROUP:
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = ACTIVATION_GROUP[scheme]
-    return ov.Core().compile_model(model, "CPU", options)
+    with kept_signal_stack():
+        return ov.Core().compile_model(model, "CPU", options)
 
 
 def _precision(target: Target) -> str:

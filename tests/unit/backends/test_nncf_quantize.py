@@ -15,6 +15,7 @@ from onecard.backends.base import Target
 from onecard.backends.export import quiet_export
 from onecard.backends.openvino import _compile, _convert
 from onecard.backends.openvino_layers import layer_nodes, name_layers
+from onecard.backends.signal_stack import kept_signal_stack
 from onecard.calibration.bench import NO_ROWS_CURE, Bench, Judgement
 from onecard.errors import Unsupported, UsageError
 from onecard.models.flat import FlatModule, positional
@@ -101,7 +102,8 @@ def target_with(scheme: str, spec: Spec, tmp_path: Path, bench: Bench | None, mo
 
 def kernels(folder: Path) -> collections.Counter:
     """(layer type, precision) of every convolution and product that OpenVINO would run."""
-    compiled = openvino.Core().compile_model(str(folder / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with kept_signal_stack():
+        compiled = openvino.Core().compile_model(str(folder / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     pairs = [(i["layerType"].astype(str), i["runtimePrecision"].astype(str)) for i in infos if "layerType" in i]
     return collections.Counter((kind, what) for kind, what in pairs if kind in ("Convolution", "FullyConnected"))
