@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -257,7 +258,8 @@ def test_the_command_prunes_fine_tunes_and_says_how_to_go_on(model_file, tmp_pat
     )
     assert code == 0, text
     assert output.is_file() and output.with_suffix(".json").is_file()
-    for piece in ("flops", "accuracy (4 rows)", "channels ->", "fine-tuning", f"onecard optimize {model} --pruned"):
+    use_with = shlex.join(["onecard", "optimize", model, "--input", INPUT, "--pruned", str(output)])
+    for piece in ("flops", "accuracy (4 rows)", "channels ->", "fine-tuning", use_with):
         assert piece in text
 
 
