@@ -10,6 +10,11 @@ OnecardError
 ├── NoVariantError         7  503  no variant of the bundle can run here
 ├── SearchError            8  500  the search could not end with a model
 ├── StorageError           9  507  a folder that cannot be written, or a full disk
+├── EngineError           10  500  an engine that failed to answer
+│   ├── QueueFullError    10  429  more is waiting than the engine takes on
+│   ├── DeadlineError     10  504  the answer could not come in time
+│   ├── EngineClosedError 10  503  the engine is closed, or closes before it could answer
+│   └── DeviceMemoryError 10  507  not even the smallest batch fits in the device's memory
 └── InterruptedSearch    130  499  Ctrl-C before there was anything to keep
 """
 
@@ -93,6 +98,46 @@ class StorageError(OnecardError):
     """A folder that cannot be written, or a disk that is full."""
 
     exit_code = 9
+    http_status = 507
+
+
+class EngineError(OnecardError):
+    """The engine failed to answer a request."""
+
+    exit_code = 10
+
+
+class QueueFullError(EngineError):
+    """More is waiting than the engine takes on.
+
+    Args:
+        message: which bound is reached, and by how much.
+        cure: what the caller can do.
+        retry_after_s: when it is worth trying again.
+    """
+
+    http_status = 429
+
+    def __init__(self, message: str, cure: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message, cure)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(EngineError):
+    """The answer did not, or could not, come before the request's deadline."""
+
+    http_status = 504
+
+
+class EngineClosedError(EngineError):
+    """The engine is closed, or was closed before it could answer."""
+
+    http_status = 503
+
+
+class DeviceMemoryError(EngineError):
+    """Not even the smallest batch fits in the device's memory."""
+
     http_status = 507
 
 
