@@ -27,7 +27,7 @@ import torch
 from card_models import Watch, without_logs
 
 from onecard.api import make_bundle, prepare
-from onecard.bundle.variant import load_variant
+from onecard.bundle.variant import Site, load_variant
 from onecard.evidence import Candidate, Evidence
 from onecard.host import cache_folder
 from onecard.models.model import Model
@@ -235,7 +235,7 @@ def answers(evidence: Evidence, candidate: Candidate, rows: Rows) -> Rows | None
         return None
     folder = JobFolder(cache_folder() / "searches" / key.group(1))
     place = folder.candidate(candidate.recipe).variant
-    run = load_variant(place, candidate.recipe, evidence.spec, evidence.buckets, "cpu", folder.source)
+    run = load_variant(place, candidate.recipe, Site(evidence.spec, evidence.buckets, "cpu", folder.source))
     batch = evidence.spec.symbols["B"].high
     parts = [run({n: t[i : i + batch].contiguous() for n, t in rows.items()}) for i in range(0, _rows(rows), batch)]
     run.close()

@@ -20,6 +20,13 @@ def mobilenet_v3_small() -> nn.Module:
     return _with_measured_norms(make)
 
 
+def small_cnn() -> nn.Module:
+    """One convolution, to try a benchmark on a CPU."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    ).eval()
+
+
 def _with_measured_norms(make) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(0)

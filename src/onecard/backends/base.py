@@ -33,6 +33,7 @@ class Target:
         work: a folder for the backend's own caches while building; it does not ship.
         memo: what the artifacts of one variant may share in memory while it is loaded (weights, mostly).
         bench: calibration rows and the judge of compressed trials; only while building.
+        device_memory: most bytes of the device's memory to use; None for all that is free.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class Target:
     work: Path | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
     bench: Bench | None = None
+    device_memory: int | None = None
 
     def native(self, backend: Backend) -> str:
         """The one transform of the recipe that the backend does itself, or empty."""

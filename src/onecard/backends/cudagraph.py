@@ -48,7 +48,7 @@ class CudaGraphRunner:
     def __init__(self, inner: Runner, target: Target) -> None:
         self._inner = inner
         example = make_inputs(target.spec, target.bucket or {})
-        self._inputs = {name: tensor.to(target.device) for name, tensor in example.items()}
+        self._inputs = {name: _buffer(target, name, tensor) for name, tensor in example.items()}
         self._graph = torch.cuda.CUDAGraph()
         pool, stream = _shared(target)
         stream.wait_stream(torch.cuda.current_stream(target.device))
@@ -92,6 +92,16 @@ def _shared(target: Target) -> tuple[Any, torch.cuda.Stream]:
         target.memo[key] = torch.cuda.graph_pool_handle(), stream
     shared: tuple[Any, torch.cuda.Stream] = target.memo[key]
     return shared
+
+
+def _buffer(target: Target, name: str, example: Tensor) -> Tensor:
+    """An input's static buffer, filled: a part of the one that all buckets share, since one graph runs at a time."""
+    flat = target.memo.get(("cuda graph input", name))
+    if flat is None or flat.numel() < example.nbytes:  # the largest bucket comes first, but not in every input
+        flat = torch.empty(example.nbytes, dtype=torch.uint8, device=target.device)
+        target.memo["cuda graph input", name] = flat
+    buffer: Tensor = flat[: example.nbytes].view(example.dtype).view(example.shape)
+    return buffer.copy_(example)
 
 
 def _inner_target(target: Target) -> Target:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from onecard.bundle.files import damaged, unlisted
 from onecard.bundle.manifest import GOLDEN, SOURCE, VARIANTS, Manifest, VariantEntry, read_manifest
-from onecard.bundle.variant import VariantRunner, load_variant
+from onecard.bundle.variant import Site, VariantRunner, load_variant
 from onecard.environment import Environment, detect, differences, resolve_device
 from onecard.errors import BundleError, NoVariantError, SpecError
 from onecard.recipe import ORIGINAL
@@ -80,7 +80,7 @@ class Bundle:
         given = [value for value in inputs.values() if isinstance(value, Tensor)]
         tensors = {name: self._enter(name, value) for name, value in inputs.items()}
         size = self.spec.bind({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        outputs = self._route(size)(tensors)
+        outputs = self.route(size)(tensors)
         if given:
             return {name: tensor.to(given[0].device) for name, tensor in outputs.items()}
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
@@ -104,7 +104,12 @@ class Bundle:
     def __repr__(self) -> str:
         return f"<onecard bundle {self.manifest.name} on {self.device}: {self.variants}>"
 
-    def _route(self, size: Bucket) -> VariantRunner:
+    def route(self, size: Bucket) -> VariantRunner:
+        """The variant that serves inputs of a size.
+
+        Raises:
+            BundleError: the bundle was closed.
+        """
         if not self._routes:
             raise BundleError("this bundle was closed.", "Load it again.")
         buckets = [bucket for bucket, _ in self._routes]
@@ -128,13 +133,17 @@ class Bundle:
         return tensor.detach().to(self.device).contiguous()
 
 
-def load_bundle(path: str | Path, device: str = "auto", *, check_files: bool = True) -> Bundle:
+def load_bundle(
+    path: str | Path, device: str = "auto", *, check_files: bool = True, device_memory: int | None = None
+) -> Bundle:
     """Open a bundle, prove it, and make it ready to answer.
 
     Args:
         path: the bundle's folder.
         device: ``auto`` (where it was made for, if that is here), ``cpu``, ``cuda:0`` ...
         check_files: compare every file with its digest (about a second a gigabyte).
+        device_memory: most bytes of the device's memory to use; None for all that is free. It binds variants that
+            stream their weights; others take what they need.
 
     Returns:
         The bundle. Where a bucket's best variant was passed over, a :class:`OnecardWarning` has said so.
@@ -145,7 +154,7 @@ def load_bundle(path: str | Path, device: str = "auto", *, check_files: bool = T
     """
     folder = Path(path).absolute()
     manifest = read_manifest(folder)
-    place = _device_for(manifest, device)
+    place = device_for(manifest, device)
     broken = unlisted(folder, manifest.files, (SOURCE, VARIANTS))
     if check_files:
         broken |= damaged(folder, manifest.files.items())
@@ -157,7 +166,8 @@ def load_bundle(path: str | Path, device: str = "auto", *, check_files: bool = T
     for bucket in manifest.buckets or ({},):
         rank = next((r.variants for r in manifest.ranks if r.bucket == bucket), ())
         order = dict.fromkeys([*rank, *(v.recipe.id for v in manifest.variants)])
-        runner = _first_good(folder, manifest, [manifest.variant(n) for n in order], here, golden, loaded, skipped)
+        entries = [manifest.variant(n) for n in order]
+        runner = _first_good(folder, manifest, entries, (here, device_memory), golden, loaded, skipped)
         if rank and runner.recipe.id != rank[0]:
             warnings.warn(
                 f"{manifest.name}: the best variant for {bucket_label(bucket)}, {rank[0]}, was passed over "
@@ -189,11 +199,12 @@ def _first_good(  # noqa: PLR0913, PLR0917 - one step of load_bundle, with its s
     folder: Path,
     manifest: Manifest,
     order: list[VariantEntry | None],
-    here: Environment,
+    where: tuple[Environment, int | None],
     golden: Mapping[str, Tensor],
     loaded: dict[str, VariantRunner],
     skipped: dict[str, str],
 ) -> VariantRunner:
+    here, device_memory = where
     for entry in order:
         if entry is None or entry.recipe.id in skipped:
             continue
@@ -202,7 +213,7 @@ def _first_good(  # noqa: PLR0913, PLR0917 - one step of load_bundle, with its s
             problem = _unfit(manifest, entry, here) or _probe(folder, manifest, name, here)
             if not problem:
                 try:
-                    runner = _load(folder, manifest, entry, here.device)
+                    runner = _load(folder, manifest, entry, here.device, device_memory)
                     problem = _self_test(runner, entry, golden, here.device)
                 except Exception as error:  # any engine may fail in any way; the next variant serves
                     problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -218,8 +229,11 @@ def _first_good(  # noqa: PLR0913, PLR0917 - one step of load_bundle, with its s
     )
 
 
-def _load(folder: Path, manifest: Manifest, entry: VariantEntry, device: str) -> VariantRunner:
-    return load_variant(folder / entry.folder, entry.recipe, manifest.spec, manifest.buckets, device, folder / SOURCE)
+def _load(
+    folder: Path, manifest: Manifest, entry: VariantEntry, device: str, device_memory: int | None = None
+) -> VariantRunner:
+    site = Site(manifest.spec, manifest.buckets, device, folder / SOURCE, device_memory)
+    return load_variant(folder / entry.folder, entry.recipe, site)
 
 
 def _self_test(runner: VariantRunner, entry: VariantEntry, golden: Mapping[str, Tensor], device: str) -> str:
@@ -288,7 +302,7 @@ def _golden(folder: Path) -> dict[str, Tensor]:
         raise BundleError(f"{folder / GOLDEN} cannot be read: {error}.", "Copy the bundle again.") from error
 
 
-def _device_for(manifest: Manifest, wanted: str) -> str:
+def device_for(manifest: Manifest, wanted: str) -> str:
     """Where to run: what the user says, else the kind of device that the bundle was made for, if it is here."""
     if wanted == "auto" and manifest.environment.device == "cpu":
         return "cpu"

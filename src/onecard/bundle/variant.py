@@ -7,8 +7,10 @@ larger than the largest are split along the batch; both along symbols of the spe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,38 @@ from onecard.transforms.precision import precision_scope
 DYNAMIC = "dynamic"
 
 
-def artifact_targets(
-    folder: Path, recipe: Recipe, spec: Spec, buckets: Sequence[Bucket], device: str, source: Path
-) -> Iterator[tuple[Path, Target]]:
+@dataclass(frozen=True)
+class Site:
+    """What all variants of one model have in common where they run.
+
+    Args:
+        spec: inputs, outputs and symbols.
+        buckets: the sizes that static variants are built for.
+        device: ``cpu`` or ``cuda:N``.
+        source: the folder of the original.
+        device_memory: most bytes of the device's memory to use; None for all that is free.
+    """
+
+    spec: Spec
+    buckets: tuple[Bucket, ...]
+    device: str
+    source: Path
+    device_memory: int | None = None
+
+
+def artifact_targets(folder: Path, recipe: Recipe, site: Site) -> Iterator[tuple[Path, Target]]:
     """Every artifact that a variant consists of: its folder and its target."""
     memo: dict[Any, Any] = {}
-    # The largest first: what it frees, the smaller ones find room in.
-    ordered = sorted(buckets, key=lambda b: -math.prod(b.values())) if recipe.static else [None]
-    for bucket in ordered:
-        label = DYNAMIC if bucket is None else bucket_label(bucket)
-        yield folder / label, Target(recipe, spec, device, bucket, source, folder / "shared", memo=memo)
+    target = Target(recipe, site.spec, site.device, None, site.source, folder / "shared", memo=memo)
+    target = dataclasses.replace(target, device_memory=site.device_memory)
+    if not recipe.static:
+        yield folder / DYNAMIC, target
+        return
+    for bucket in sorted(site.buckets, key=lambda b: -math.prod(b.values())):  # what the largest frees, others find
+        yield folder / bucket_label(bucket), dataclasses.replace(target, bucket=bucket)
 
 
-def load_variant(
-    folder: Path, recipe: Recipe, spec: Spec, buckets: Sequence[Bucket], device: str, source: Path
-) -> VariantRunner:
+def load_variant(folder: Path, recipe: Recipe, site: Site) -> VariantRunner:
     """Load all artifacts of a variant.
 
     Raises:
@@ -47,10 +66,10 @@ def load_variant(
     """
     backend = get_backend(recipe.backend)
     runners: list[tuple[Bucket | None, Runner]] = []
-    with _scope(recipe, device):
-        for artifact, target in artifact_targets(folder, recipe, spec, buckets, device, source):
+    with _scope(recipe, site.device):
+        for artifact, target in artifact_targets(folder, recipe, site):
             runners.append((target.bucket, backend.load(artifact, target)))
-    return VariantRunner(recipe, spec, device, runners)
+    return VariantRunner(recipe, site.spec, site.device, runners)
 
 
 class VariantRunner:
@@ -86,6 +105,11 @@ class VariantRunner:
             size = self.spec.bind({name: tensor.shape for name, tensor in inputs.items()})
             exact = self._static.get(tuple((name, size[name]) for name in self.spec.symbols))
             return exact(inputs) if exact is not None else self._fit(inputs, size)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it runs at its buckets' sizes alone, and pads what is smaller."""
+        return self._dynamic is None
 
     def close(self) -> None:
         """Release every runner."""

@@ -193,33 +193,45 @@ def _compared(evidence: Evidence, rank: Rank, wishes: Wishes) -> Rank:
 
 
 def _overall(evidence: Evidence, allowed: Sequence[Candidate], buckets: Sequence[Bucket], wishes: Wishes) -> str:
-    """The variant that is best over all buckets: by the geometric mean of its cost relative to the original's."""
+    """The variant that is best over all buckets, by the geometric mean of its cost.
+
+    Relative to the original's, or as it is where the original cannot run within the device's memory.
+    """
     if not allowed:
         return ORIGINAL.id
     scores: dict[str, float] = {}
     noise = _MIN_NOISE
+    yardstick = _timings(evidence, ORIGINAL.id, buckets)
     for candidate in allowed:
-        pairs = [(evidence.timing(candidate.id, b), evidence.timing(ORIGINAL.id, b)) for b in buckets]
-        known = [(a, o) for a, o in pairs if a is not None and o is not None]
-        if len(known) < len(pairs):
+        known = _timings(evidence, candidate.id, buckets)
+        if not known:
             continue
         if wishes.objective in ("memory", "size"):
             scores[candidate.id] = _static_cost(candidate, wishes.objective)
         elif wishes.objective == "throughput":
-            scores[candidate.id] = 1.0 / max(a.throughput for a, _ in known)
+            scores[candidate.id] = 1.0 / max(t.throughput for t in known)
         else:
-            logs = [math.log(cost(a, "latency") / cost(o, "latency")) for a, o in known]
+            ones = [cost(t, "latency") for t in yardstick] or [1.0] * len(known)
+            logs = [math.log(cost(t, "latency") / one) for t, one in zip(known, ones, strict=True)]
             scores[candidate.id] = math.exp(sum(logs) / len(logs))
         if candidate.id == ORIGINAL.id:
-            noise = max(noise_of(o, wishes.objective) for _, o in known)
+            noise = max(noise_of(t, wishes.objective) for t in known)
     late = {c for c in scores if _is_late(evidence, c, buckets, wishes)}
     if len(late) < len(scores):
         scores = {c: s for c, s in scores.items() if c not in late}
+    if not scores:
+        return ORIGINAL.id
     best = min(scores, key=lambda c: scores[c])
     if ORIGINAL.id in scores and scores[best] * (1 + noise) >= scores[ORIGINAL.id]:
         return ORIGINAL.id
     ties = [c for c in allowed if scores.get(c.id, math.inf) <= scores[best] * (1 + min(noise, _MAX_TIE))]
     return min(ties, key=lambda c: (c.measurement.peak_bytes, c.measurement.size_bytes)).id
+
+
+def _timings(evidence: Evidence, name: str, buckets: Sequence[Bucket]) -> list[Timing]:
+    """A variant's timings at every bucket; none if one of them is missing."""
+    found = [t for b in buckets if (t := evidence.timing(name, b)) is not None]
+    return found if len(found) == len(buckets) else []
 
 
 def _is_late(evidence: Evidence, name: str, buckets: Sequence[Bucket], wishes: Wishes) -> bool:

@@ -55,6 +55,7 @@ class Job(msgspec.Struct, frozen=True):
     effort: EffortSpec = EffortSpec()
     metric: str = ""
     max_drop: float = 0.01
+    device_memory: int | None = None
 
 
 class BuildResult(msgspec.Struct, frozen=True):

@@ -30,6 +30,7 @@ class Options:
         fresh: forget what an earlier search of the same job found.
         thresholds: relative L2 by precision, in place of the default ones.
         effort: how long to measure.
+        device_memory: most bytes of the device's memory that a variant may take; the original need not keep to it.
         worker_memory_bytes: kill a worker that holds more main memory; None means most of the machine's.
     """
 
@@ -46,6 +47,7 @@ class Options:
     fresh: bool = False
     thresholds: dict[str, float] = field(default_factory=dict)
     effort: EffortSpec = field(default_factory=EffortSpec)
+    device_memory: int | None = None
     worker_memory_bytes: int | None = None
 
     @property

@@ -31,6 +31,7 @@ MODES = {
     "onnxruntime": ("cpu", "cuda", "tensorrt"),
     "openvino": ("", "bf16", "fp16"),
     "tensorrt": ("",),
+    "stream": ("",),
 }
 """The modes of each backend; empty where it has none, or a default."""
 

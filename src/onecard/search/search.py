@@ -109,7 +109,11 @@ class Search:
                 ) from None
             notes = self._notes()
         original = self.done[ORIGINAL.id]
-        if not original.verdict.ok:
+        if original.verdict.reason == "out_of_memory" and any(c.verdict.ok for c in self.done.values()):
+            notes.append(
+                "the original does not fit in the device's memory: variants are compared with its answers alone"
+            )
+        elif not original.verdict.ok:
             raise SearchError(
                 f"the original itself does not run here: {original.verdict.detail}",
                 original.verdict.cure or f"The log is {original.log}.",
@@ -143,6 +147,7 @@ class Search:
             self.options.effort,
             self.options.metric,
             self.options.max_drop,
+            self.options.device_memory,
         )
         folder = JobFolder(cache_folder() / "searches" / job_key(self.model, job, self._material.digest(self._data)))
         if self.options.fresh:

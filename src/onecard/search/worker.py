@@ -26,7 +26,7 @@ from torch import Tensor
 
 from onecard.backends import get_backend
 from onecard.backends.base import native_transforms
-from onecard.bundle.variant import VariantRunner, artifact_targets, load_variant
+from onecard.bundle.variant import Site, VariantRunner, artifact_targets, load_variant
 from onecard.errors import MissingDependencyError, Unsupported
 from onecard.evidence import Compression, Measurement, Metric, Timing, Verdict
 from onecard.inputs import make_inputs
@@ -100,6 +100,11 @@ def make_reference(folder: JobFolder) -> None:
     write_reference(replaced, folder.reference)
 
 
+def _site(folder: JobFolder, job: Job) -> Site:
+    """Where the job's variants run."""
+    return Site(job.spec, job.buckets, job.device, folder.source, job.device_memory)
+
+
 def build_candidate(folder: JobFolder, recipe: Recipe, limit_s: float) -> None:
     """Build every artifact of a recipe, within ``limit_s`` if it is not 0, and write the verdict."""
     place = folder.candidate(recipe)
@@ -118,7 +123,7 @@ def _build(
     shutil.rmtree(place.variant, ignore_errors=True)
     place.variant.mkdir(parents=True)
     backend = get_backend(recipe.backend)
-    targets = list(artifact_targets(place.variant, recipe, job.spec, job.buckets, job.device, folder.source))
+    targets = list(artifact_targets(place.variant, recipe, _site(folder, job)))
     refusal = backend.available(targets[0][1])
     if refusal is not None:
         return refusal
@@ -174,7 +179,7 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
     card, memory = CardSampler(job.device), MemoryWatch(job.device)
     _stage(place, "loading")
     started = time.perf_counter()
-    run = load_variant(place.variant, recipe, job.spec, job.buckets, job.device, folder.source)
+    run = load_variant(place.variant, recipe, _site(folder, job))
     load_s = time.perf_counter() - started
     watches = [_stopwatch(run, job, bucket, inputs) for bucket in _timed(job)]
     for watch in watches:
@@ -220,7 +225,7 @@ def play_off(folder: JobFolder, recipes: list[Recipe]) -> None:
     for recipe in recipes:
         place = folder.candidate(recipe)
         try:
-            runners[recipe.id] = load_variant(place.variant, recipe, job.spec, job.buckets, job.device, folder.source)
+            runners[recipe.id] = load_variant(place.variant, recipe, _site(folder, job))
         except Exception as error:  # one finalist must not keep the others from playing
             absent[recipe.id] = f"{type(error).__name__}: {error}"
     timings: dict[str, list[Timing]] = {name: [] for name in runners}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onecard.bundle.variant import DYNAMIC, VariantRunner, artifact_targets
+from onecard.bundle.variant import DYNAMIC, Site, VariantRunner, artifact_targets
 from onecard.errors import SpecError
 from onecard.recipe import Recipe
 from onecard.spec import Bucket, Spec, TensorSpec, bucket_label, parse_spec
@@ -170,12 +170,12 @@ def test_close_closes_every_part():
 
 def test_artifacts_of_a_static_variant_share_and_come_largest_first(tmp_path):
     buckets = [{"B": 1}, {"B": 16}, {"B": 4}]
-    found = list(artifact_targets(tmp_path, RECIPE, IMAGE, buckets, "cpu", tmp_path / "source"))
+    found = list(artifact_targets(tmp_path, RECIPE, Site(IMAGE, tuple(buckets), "cpu", tmp_path / "source")))
     assert [folder.name for folder, _ in found] == ["B16", "B4", "B1"]
     assert len({id(target.memo) for _, target in found}) == 1
     assert {target.shared for _, target in found} == {tmp_path / "shared"}
 
 
 def test_a_dynamic_variant_is_one_artifact(tmp_path):
-    found = list(artifact_targets(tmp_path, Recipe("eager"), IMAGE, [{"B": 1}, {"B": 4}], "cpu", tmp_path))
+    found = list(artifact_targets(tmp_path, Recipe("eager"), Site(IMAGE, ({"B": 1}, {"B": 4}), "cpu", tmp_path)))
     assert [(folder.name, target.bucket) for folder, target in found] == [(DYNAMIC, None)]

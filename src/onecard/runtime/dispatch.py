@@ -1,0 +1,276 @@
+"""What all threads of an engine share: the queue behind one lock, and who is to be woken when."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from onecard.errors import DeadlineError, EngineClosedError, EngineError, UsageError
+from onecard.runtime.batcher import Batcher
+from onecard.runtime.cost import Costs
+from onecard.runtime.limits import BatchPolicy
+from onecard.runtime.request import Request
+from onecard.runtime.served import Served
+from onecard.runtime.work import Batch, Work
+from onecard.spec import Bucket
+
+_LEAD_S = 0.0005  # waking a thread up and launching a batch
+_WEIGHT = 0.2  # of a new copy-in time in the mean
+
+
+@dataclass(slots=True)
+class _LaneState:
+    """What one lane is at: batches under way, until when by prediction, and what it must run before all else."""
+
+    under_way: int = 0
+    busy_until: float = 0.0
+    lead_s: float = _LEAD_S
+    retries: deque[Batch] = field(default_factory=deque)
+
+
+class Dispatch:
+    """The batcher made safe for threads.
+
+    No future is ever resolved under the lock: its callbacks are the callers' own code, and may come back in here.
+
+    While a lane's device is busy, a batch that is not full is formed only just before the device is free: it starts
+    no later for it, and all that comes meanwhile shares it.
+
+    Args:
+        served: says what may share a batch.
+        policy: delays and bounds.
+        costs: predicted seconds of each size.
+        lanes: how many there are.
+    """
+
+    def __init__(self, served: Served, policy: BatchPolicy, costs: Costs, lanes: int) -> None:
+        self._served = served
+        self._costs = costs
+        self._policy = policy
+        self._batcher = Batcher(served, costs, policy, lanes)
+        self._wake = threading.Condition(threading.Lock())
+        self._lanes = [_LaneState() for _ in range(lanes)]
+        self._too_large: list[Bucket] = []
+        self._closing = False
+        self._broken: EngineError | None = None
+        self._full_rows = self._find_full_rows()
+
+    # for callers
+
+    def put(self, work: Work) -> None:
+        """Queue a request.
+
+        Raises:
+            QueueFullError: too much is waiting.
+            DeadlineError: it could not be answered in time.
+            EngineClosedError: nothing is taken on any more.
+            EngineError: the device was lost.
+        """
+        with self._wake:
+            if self._closing or self._broken is not None:
+                raise self._broken or EngineClosedError("this engine is closed.", "Open it again.")
+            self._batcher.put(work, work.arrived)
+            self._wake.notify()
+
+    def cancel(self, work: Work) -> None:
+        """Take a request out of the queue."""
+        with self._wake:
+            self._batcher.cancel(work)
+
+    def predicted_wait_s(self, priority: int) -> float:
+        """How long a request that came now would wait for its turn."""
+        with self._wake:
+            now = time.monotonic()
+            free_in_s = min(max(0.0, lane.busy_until - now) if lane.under_way else 0.0 for lane in self._lanes)
+            return free_in_s + self._batcher.predicted_wait_s(priority) / len(self._lanes)
+
+    @property
+    def queued(self) -> tuple[int, int, int]:
+        """Requests, rows and bytes that wait."""
+        return self._batcher.queued_items, self._batcher.queued_rows, self._batcher.queued_bytes
+
+    @property
+    def under_way(self) -> int:
+        """Batches that are staged or run."""
+        return sum(lane.under_way for lane in self._lanes)
+
+    @property
+    def broken(self) -> EngineError | None:
+        """Why nothing can be answered any more, if so."""
+        return self._broken
+
+    # for lanes
+
+    def take(self, number: int, room: threading.Semaphore | None = None) -> Batch | None:
+        """Wait for something to run.
+
+        Args:
+            number: of the lane that asks.
+            room: counts the batches that the lane may still have under way; one is taken with the batch. None for a
+                lane that has one at a time anyway.
+
+        Returns:
+            A batch, or None when the engine closes and nothing waits any more.
+        """
+        if room is not None:
+            room.acquire()
+        while True:
+            batch, late, done = self._next(self._lanes[number])
+            for work in late:
+                fail(
+                    work,
+                    DeadlineError(f"its deadline passed after {time.monotonic() - work.arrived:.3f} s of waiting."),
+                )
+            if batch is None and not done:
+                continue
+            if batch is None and room is not None:
+                room.release()
+            return batch
+
+    def stopped(self, number: int) -> None:
+        """A batch of a lane ended, with answers or without."""
+        with self._wake:
+            self._stop(self._lanes[number])
+
+    def ran(self, number: int, size: Bucket, seconds: float, lead_s: float) -> None:
+        """A batch was answered.
+
+        Args:
+            number: of the lane.
+            size: what was run.
+            seconds: that the device was at it.
+            lead_s: what went before, from forming the batch to its being on the device.
+        """
+        with self._wake:
+            self._batcher.observe(size, seconds)
+            lane = self._lanes[number]
+            lane.lead_s += _WEIGHT * (lead_s + _LEAD_S - lane.lead_s)
+            self._stop(lane)
+
+    def put_back(self, batch: Batch) -> None:
+        """A batch did not run; its rows are the first again."""
+        with self._wake:
+            self._batcher.put_back(batch)
+            self._wake.notify_all()
+
+    def retry(self, number: int, batches: Sequence[Batch]) -> None:
+        """Run these on a lane before anything else."""
+        with self._wake:
+            self._lanes[number].retries.extend(batches)
+            self._wake.notify_all()
+
+    def shrink(self, size: Bucket) -> bool:
+        """A size does not fit in memory; False if there is none that is smaller."""
+        with self._wake:
+            smaller = self._batcher.shrink(size)
+            if smaller:
+                self._too_large.append(size)
+            return smaller
+
+    def runs(self, size: Bucket) -> bool:
+        """Whether a size may still be run."""
+        return not any(all(size[name] >= n for name, n in other.items()) for other in self._too_large)
+
+    def know(self, size: Bucket, seconds: float) -> None:
+        """How long a size takes, before anything is queued."""
+        with self._wake:
+            self._batcher.observe(size, seconds)
+
+    # from the outside
+
+    def reconfigure(self, policy: BatchPolicy) -> None:
+        """Go on by another policy.
+
+        Raises:
+            UsageError: requests are waiting.
+        """
+        with self._wake:
+            if self._batcher.queued_items:
+                raise UsageError("the policy cannot change while requests wait.", "Wait for their answers first.")
+            self._batcher = Batcher(self._served, self._costs, policy, len(self._lanes))
+            for size in self._too_large:
+                self._batcher.shrink(size)
+            self._policy = policy
+            self._full_rows = self._find_full_rows()
+
+    def break_off(self, error: EngineError) -> None:
+        """The device is lost: nothing is taken on, and all that waits fails."""
+        with self._wake:
+            self._broken = error
+        for work in self.abandon():
+            fail(work, error)
+
+    def close(self) -> None:
+        """Take nothing on any more; what waits is still run."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+
+    def abandon(self) -> list[Work]:
+        """Take all that waits out of the queue."""
+        with self._wake:
+            left = self._batcher.clear()
+            for lane in self._lanes:
+                left += [piece.work for batch in lane.retries for piece in batch.slices]
+                lane.retries.clear()
+            self._wake.notify_all()
+            return left
+
+    def _next(self, lane: _LaneState) -> tuple[Batch | None, Sequence[Work], bool]:
+        """Wait for a batch, deadlines that passed, or the end of all."""
+        with self._wake:
+            while True:
+                now = time.monotonic()
+                late = self._batcher.expire(now)
+                hold_until = self._hold(lane, now)
+                batch = None
+                if lane.retries:
+                    batch = lane.retries.popleft()
+                elif hold_until <= now:
+                    batch = self._batcher.next(now, self._busy_s(lane, now))
+                if batch is not None:
+                    self._begin(lane, batch, now)
+                done = self._closing and not self._batcher.queued_items
+                if batch is not None or late or done:
+                    return batch, late, done
+                wake_at = max(self._batcher.wake_at(now), hold_until) if self._batcher.queued_items else math.inf
+                self._wake.wait(None if wake_at == math.inf else max(0.0, wake_at - now))
+
+    def _hold(self, lane: _LaneState, now: float) -> float:
+        """Until when a batch that is not full would only wait on the device, and had better grow here."""
+        if not lane.under_way or self._batcher.queued_rows >= self._full_rows:
+            return now
+        return lane.busy_until - lane.lead_s
+
+    def _busy_s(self, lane: _LaneState, now: float) -> float:
+        return max(0.0, lane.busy_until - now) if lane.under_way else 0.0
+
+    def _begin(self, lane: _LaneState, batch: Batch, now: float) -> None:
+        seconds = self._costs.seconds(self._costs.key(batch.size))
+        lane.busy_until = now + self._busy_s(lane, now) + seconds
+        lane.under_way += 1
+
+    def _stop(self, lane: _LaneState) -> None:
+        lane.under_way -= 1
+        if not lane.under_way:
+            lane.busy_until = 0.0
+        self._wake.notify_all()
+
+    def _find_full_rows(self) -> int:
+        spec = self._served.spec
+        largest = tuple(n for name, n in spec.largest().items() if name != spec.batch_symbol)
+        rows = self._served.max_rows(self._served.lengths_of(largest))
+        return min(rows, self._policy.max_rows or rows)
+
+
+def fail(work: Work, error: BaseException) -> None:
+    """Answer a request with an error, unless it is answered already."""
+    work.gone = True
+    request: Request = work.request
+    answer = request.answer
+    if not answer.done() and (answer.running() or answer.set_running_or_notify_cancel()):
+        answer.set_exception(error)

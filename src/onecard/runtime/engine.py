@@ -1,0 +1,299 @@
+"""The engine: requests of any size from any thread in, every caller's own answer out, at the pace of the device.
+
+Around it lie the parts that it joins: the batcher decides what runs together (``batcher``), a stage moves it to the
+device and back (``staging``), a lane keeps both busy (``lane``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from onecard.bundle.manifest import read_manifest
+from onecard.bundle.open import device_for
+from onecard.errors import EngineClosedError, UsageError
+from onecard.memory.budget import check_device_memory, limit_device_memory
+from onecard.runtime.cost import Costs
+from onecard.runtime.dispatch import Dispatch, fail
+from onecard.runtime.future import Answer
+from onecard.runtime.ingest import Ingest
+from onecard.runtime.lane import Lane, OnBatch
+from onecard.runtime.limits import BatchPolicy
+from onecard.runtime.loops import deliver_to_loop
+from onecard.runtime.request import Intake, Request
+from onecard.runtime.served import BundleModel, Served
+from onecard.runtime.stages import open_stage
+from onecard.runtime.staging import Stage
+from onecard.runtime.warm import warm_up
+from onecard.runtime.work import Work
+from onecard.spec import Spec
+
+_DRAIN_S = 30.0
+_SWITCH_S = 0.0005
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine runs.
+
+    Args:
+        policy: how requests become batches and how many may wait.
+        depth: batches under way at once on a GPU: one that is copied in, one that computes, one that is copied out.
+        lanes: copies of the model that run side by side; each takes the memory of one.
+        device_memory: most bytes of the device's memory to use, from now on in this process; None for all that is
+            free. On a CPU it binds only what streams its weights.
+        timeout_s: for requests that name none; ``inf`` means that they wait as long as it takes.
+        ingest: inputs that may also come in another form, such as pictures as bytes.
+        timings: whether copies and computing are timed on a GPU for ``on_batch``.
+    """
+
+    policy: BatchPolicy = field(default_factory=BatchPolicy)
+    depth: int = 3
+    lanes: int = 1
+    device_memory: int | None = None
+    timeout_s: float = math.inf
+    ingest: tuple[Ingest, ...] = ()
+    timings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.lanes < 1:
+            raise UsageError(f"depth is {self.depth} and lanes is {self.lanes}, but both must be 1 or more.")
+        if not self.timeout_s > 0:
+            raise UsageError(f"timeout_s is {self.timeout_s}, but must be above 0.")
+
+
+class _Interpreter:
+    """While an engine is open, a thread that computes in Python lets go of the interpreter after 0.5 ms, not 5.
+
+    An engine's threads let go of it in every call into PyTorch, and beside a busy caller wait so long to have it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._engines = 0
+        self._before = 0.0
+
+    def share(self) -> None:
+        with self._lock:
+            self._engines += 1
+            if self._engines == 1:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._before, _SWITCH_S))
+
+    def unshare(self) -> None:
+        with self._lock:
+            self._engines -= 1
+            if self._engines == 0:
+                sys.setswitchinterval(self._before)
+
+
+_interpreter = _Interpreter()
+
+
+class Engine:
+    """A model that answers many callers at once.
+
+    Make one with :meth:`open`. It may be used from any number of threads and event loops; close it, or use it in a
+    ``with`` block.
+
+    Args:
+        models: one for each lane, all the same; they are closed with the engine.
+        options: see :class:`EngineOptions`.
+        on_batch: told of every batch (:class:`onecard.runtime.stats.BatchStats`) on a thread of the engine; keep
+            it short.
+        make_stage: where a lane runs its model.
+
+    Raises:
+        DeviceMemoryError: not even the smallest size fits in the device's memory.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Served],
+        options: EngineOptions | None = None,
+        on_batch: OnBatch | None = None,
+        make_stage: Callable[[Served, EngineOptions], Stage] = open_stage,
+    ) -> None:
+        self.options = options or EngineOptions()
+        self.spec: Spec = models[0].spec
+        self.device = models[0].device
+        self._intake = Intake(self.spec, self.options.ingest)
+        self._closed = False
+        known = [(dict(zip(self.spec.symbols, key, strict=True)), s) for key, s in models[0].seconds().items()]
+        costs = Costs(tuple(self.spec.symbols), self.spec.batch_symbol, known)
+        self._dispatch = Dispatch(models[0], self.options.policy, costs, len(models))
+        self.skipped: list[str] = []
+        self._lanes: list[Lane] = []
+        try:
+            for number, model in enumerate(models):
+                stage = make_stage(model, self.options)
+                self._lanes.append(Lane(number, model, stage, self._dispatch, on_batch))
+                self.skipped += warm_up(model, stage, self.options, self._dispatch)
+        except BaseException:
+            for lane in self._lanes:
+                lane.stage.close()
+            raise
+        _interpreter.share()
+        for lane in self._lanes:
+            lane.start()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        options: EngineOptions | None = None,
+        on_batch: OnBatch | None = None,
+    ) -> Engine:
+        """Open a bundle and make it ready: self-tested, warmed at every size, its buffers in place.
+
+        Args:
+            path: the bundle's folder.
+            device: ``auto``, ``cpu``, ``cuda:0`` ...
+            options: see :class:`EngineOptions`.
+            on_batch: told of every batch.
+
+        Raises:
+            BundleError: the bundle is damaged.
+            NoVariantError: no variant of it runs here and answers rightly.
+            DeviceMemoryError: not even the smallest size fits.
+            UsageError: a device memory that the device does not have.
+        """
+        options = options or EngineOptions()
+        share = None
+        if options.device_memory is not None:
+            place = device_for(read_manifest(Path(path).absolute()), device)
+            check_device_memory(options.device_memory, place)
+            limit_device_memory(place, options.device_memory)
+            share = options.device_memory // options.lanes
+        models: list[Served] = []
+        try:
+            for lane in range(options.lanes):
+                models.append(BundleModel.open(path, device, check_files=lane == 0, device_memory=share))
+            return cls(models, options, on_batch)
+        except BaseException:
+            for model in models:
+                model.close()
+            raise
+
+    def infer(
+        self, inputs: Mapping[str, Any], *, timeout_s: float | None = None, priority: int = 0, client: str = ""
+    ) -> dict[str, Any]:
+        """Answer one request; the calling thread waits.
+
+        Args:
+            inputs: NumPy arrays or tensors by name, of the spec's dtypes and of any size in its range. They must
+                not be changed before the answer is there.
+            timeout_s: for how long the answer is of use.
+            priority: 0 is served first.
+            client: whose request it is; clients of one priority share the device evenly.
+
+        Returns:
+            Output name to answer, the caller's own: NumPy arrays if all inputs were, else tensors on the CPU.
+
+        Raises:
+            SpecError: an input that does not fit.
+            QueueFullError: too much is waiting; ``retry_after_s`` tells when to try again.
+            DeadlineError: the time was, or would be, over before the answer.
+            EngineError: the model failed on this input.
+            EngineClosedError: the engine is closed.
+        """
+        answer = self.submit(inputs, timeout_s=timeout_s, priority=priority, client=client)
+        try:
+            return answer.result()
+        except BaseException:
+            answer.cancel()  # Ctrl-C in the calling thread: what nobody waits for is not run
+            raise
+
+    def submit(
+        self, inputs: Mapping[str, Any], *, timeout_s: float | None = None, priority: int = 0, client: str = ""
+    ) -> Answer:
+        """Hand a request in and go on; arguments and errors as of :meth:`infer`.
+
+        Returns:
+            A future; ``cancel()`` takes the request out of the queue while it waits.
+        """
+        now = time.monotonic()
+        arrays, rows, lengths, nbytes, numpy = self._intake.take(inputs)
+        timeout_s = self.options.timeout_s if timeout_s is None else timeout_s
+        answer = Answer()
+        work = Work(rows, lengths, nbytes, now, now + timeout_s, priority, client, Request(arrays, answer, numpy))
+        answer.on_cancel = functools.partial(self._dispatch.cancel, work)
+        self._dispatch.put(work)
+        return answer
+
+    async def infer_async(
+        self, inputs: Mapping[str, Any], *, timeout_s: float | None = None, priority: int = 0, client: str = ""
+    ) -> dict[str, Any]:
+        """Answer one request in an event loop; as :meth:`infer`. Cancelling the task cancels the request."""
+        answer = self.submit(inputs, timeout_s=timeout_s, priority=priority, client=client)
+        waiting = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(functools.partial(deliver_to_loop, waiting))
+        try:
+            result: dict[str, Any] = await waiting
+            return result
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+
+    @property
+    def queued(self) -> tuple[int, int, int]:
+        """Requests, rows and bytes of inputs that wait."""
+        return self._dispatch.queued
+
+    @property
+    def healthy(self) -> bool:
+        """False once closed, or once the device can do nothing more for this process."""
+        return not self._closed and not self._dispatch.broken
+
+    def predicted_wait_s(self, priority: int = 0) -> float:
+        """How long a request that came now would wait for its turn."""
+        return self._dispatch.predicted_wait_s(priority)
+
+    def reconfigure(self, policy: BatchPolicy) -> None:
+        """Make batches by another policy from now on; more rows than the engine was opened for are not possible.
+
+        Raises:
+            UsageError: requests are waiting, or the policy lets batches grow beyond the buffers.
+        """
+        held, wanted = self.options.policy.max_rows, policy.max_rows
+        if held is not None and (wanted is None or wanted > held):
+            raise UsageError(f"this engine was opened for batches of at most {held} rows.", "Open another.")
+        self._dispatch.reconfigure(policy)
+
+    def close(self, drain_s: float = _DRAIN_S) -> None:
+        """Answer what waits, for so many seconds at most, and release everything.
+
+        Requests that are left then get an :class:`EngineClosedError`.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._dispatch.close()
+        end = time.monotonic() + drain_s
+        done = all([lane.join(max(0.0, end - time.monotonic())) for lane in self._lanes])
+        for work in self._dispatch.abandon():
+            fail(work, EngineClosedError("the engine was closed before it could answer.", "Send it to another."))
+        if not done:
+            for lane in self._lanes:
+                lane.join()
+        for lane in self._lanes:
+            lane.close()
+        _interpreter.unshare()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(0.0 if error is not None else _DRAIN_S)

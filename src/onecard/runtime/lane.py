@@ -1,0 +1,192 @@
+"""One lane of an engine: a loaded model, its stage, and the threads that keep both busy."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from onecard.models.wording import first_line
+from onecard.runtime.deliver import Delivery
+from onecard.runtime.dispatch import Dispatch, fail
+from onecard.runtime.entries import Source
+from onecard.runtime.faults import explained, is_device_lost, is_out_of_memory, too_large
+from onecard.runtime.request import Request
+from onecard.runtime.served import Served
+from onecard.runtime.staging import Flight, Stage, StageTimings
+from onecard.runtime.stats import BatchStats
+from onecard.runtime.work import Batch, Slice
+
+OnBatch = Callable[[BatchStats], None]
+
+
+class Lane:
+    """Takes batches from the queue, runs them and answers their callers, until the queue is closed and empty.
+
+    On a GPU one thread launches and another waits for the answers, so that the next batch is on its way while this
+    one computes. Whatever goes wrong with a batch, the lane goes on.
+
+    Args:
+        number: of the lane.
+        served: what it runs; used by this lane alone.
+        stage: where; closed with the lane.
+        dispatch: the queue.
+        on_batch: told of every batch, on the lane's own threads; what it raises is ignored.
+    """
+
+    def __init__(self, number: int, served: Served, stage: Stage, dispatch: Dispatch, on_batch: OnBatch | None) -> None:
+        self.served = served
+        self.stage = stage
+        self._number = number
+        self._dispatch = dispatch
+        self._on_batch = on_batch
+        self._delivery = Delivery(served.spec)
+        self._room = None if stage.synchronous else threading.Semaphore(stage.depth)
+        self._flights: queue.SimpleQueue[_Underway | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._launch_all, name=f"onecard-launch-{number}", daemon=True)]
+        if not stage.synchronous:
+            finish = threading.Thread(target=self._finish_all, name=f"onecard-finish-{number}", daemon=True)
+            self._threads.append(finish)
+
+    def start(self) -> None:
+        """Begin to take batches."""
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end of its threads; False if they are still at it."""
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(None if end is None else max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def close(self) -> None:
+        """Release stage and model; after :meth:`join`."""
+        self.stage.close()
+        self.served.close()
+
+    def _launch_all(self) -> None:
+        while (batch := self._dispatch.take(self._number, self._room)) is not None:
+            self._launch(batch)
+            del batch  # the callers' arrays must not live on while this thread waits
+        self._flights.put(None)
+
+    def _launch(self, batch: Batch) -> None:
+        began = time.monotonic()
+        queue_s = tuple(_start(piece, began) for piece in batch.slices)
+        sources = [Source(piece.work.request.inputs, piece.start, piece.rows) for piece in batch.slices]
+        try:
+            flight = self.stage.launch(sources, batch.rows, batch.size)
+        except Exception as error:  # a model may raise anything; only its callers are to hear of it
+            self._failed(batch, error, began, queue_s)
+            return
+        if self.stage.synchronous:
+            self._finish(_Underway(batch, flight, began, queue_s))
+        else:
+            self._flights.put(_Underway(batch, flight, began, queue_s))
+
+    def _finish_all(self) -> None:
+        while (underway := self._flights.get()) is not None:
+            self._finish(underway)
+            del underway
+
+    def _finish(self, underway: _Underway) -> None:
+        batch, flight, began, queue_s = underway
+        try:
+            flight.wait()
+        except Exception as error:
+            flight.release()
+            self._failed(batch, error, began, queue_s)
+            return
+        timings = flight.timings
+        lead_s = timings.gather_s + timings.copy_in_s
+        self._dispatch.ran(self._number, batch.size, timings.compute_s, lead_s)
+        try:
+            self._delivery.deliver(batch, flight.outputs, flight.owned)
+        except Exception as error:  # answers that are not what the spec says
+            for piece in batch.slices:
+                fail(piece.work, explained(error))
+        flight.release()
+        self._leave()
+        self._tell(batch, began, queue_s, timings)
+
+    def _failed(self, batch: Batch, error: Exception, began: float, queue_s: tuple[float, ...]) -> None:
+        """A batch that has no answers: smaller if memory was short, one by one if one of several may be to blame."""
+        short = is_out_of_memory(error)
+        self._dispatch.stopped(self._number)
+        if short and self._dispatch.shrink(batch.size):
+            _give_memory_back(self.served.device)
+            self._dispatch.put_back(batch)
+        elif len(batch.slices) > 1 and not is_device_lost(error):
+            self._dispatch.retry(self._number, [_alone(piece, self.served) for piece in batch.slices])
+        else:
+            if is_device_lost(error):
+                self._dispatch.break_off(explained(error))
+            for piece in batch.slices:
+                fail(piece.work, too_large(batch.size, error) if short else explained(error))
+        self._leave()
+        self._tell(batch, began, queue_s, StageTimings(), "out of memory" if short else first_line(error))
+
+    def _leave(self) -> None:
+        if self._room is not None:
+            self._room.release()
+
+    def _tell(
+        self, batch: Batch, began: float, queue_s: tuple[float, ...], timings: StageTimings, error: str = ""
+    ) -> None:
+        if self._on_batch is None:
+            return
+        volume = math.prod(batch.size.values()) or 1
+        used = sum(piece.rows * math.prod(piece.work.lengths) for piece in batch.slices)
+        stats = BatchStats(
+            self.served.variant(batch.size),
+            batch.size,
+            len(batch.slices),
+            batch.rows,
+            max(0.0, 1.0 - used / volume),
+            queue_s,
+            *timings,
+            time.monotonic() - began,
+            self._dispatch.queued[0],
+            self._dispatch.under_way,
+            error,
+        )
+        with contextlib.suppress(Exception):  # the observer's own trouble is not its engine's
+            self._on_batch(stats)
+
+
+class _Underway(NamedTuple):
+    """A batch that was launched."""
+
+    batch: Batch
+    flight: Flight
+    began: float
+    queue_s: tuple[float, ...]
+
+
+def _start(piece: Slice, now: float) -> float:
+    """Mark a request as running, and say how long it waited; one cancelled meanwhile runs for nothing."""
+    work = piece.work
+    request: Request = work.request
+    if request.queue_s < 0:
+        request.queue_s = now - work.arrived
+        if not request.answer.set_running_or_notify_cancel():
+            work.gone = True
+    return request.queue_s
+
+
+def _alone(piece: Slice, served: Served) -> Batch:
+    lengths = served.lengths_of(piece.work.lengths)
+    return Batch([piece], piece.rows, lengths, served.fit(piece.rows, lengths))
+
+
+def _give_memory_back(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.empty_cache()
