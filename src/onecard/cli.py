@@ -1,4 +1,4 @@
-"""The command line: ``onecard optimize | qat | prune | run | inspect | report | doctor``."""
+"""The command line: ``onecard optimize | qat | prune | plan | run | inspect | report | doctor``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from onecard import cli_prune, cli_training
+from onecard import cli_memory, cli_prune, cli_training
 from onecard.errors import InterruptedSearch, OnecardError, UsageError
 from onecard.units import parse_duration, parse_size
 
@@ -48,6 +48,9 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to build for and time. Repeat it.")] = None,
     max_latency_p99: Annotated[str | None, typer.Option(help="No slower than this: 5ms.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="No more memory than this: 2GiB.")] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Run within so much of the device's memory, streaming weights if need be: 4GiB.")
+    ] = None,
     max_drop: Annotated[float, typer.Option(help="How far the metric may fall.")] = 0.01,
     threshold: Annotated[
         list[str] | None, typer.Option(help="Largest relative error by precision: bf16=0.1. Repeat it.")
@@ -65,6 +68,7 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
         "batches": tuple(batch or ()),
         "max_latency_p99_ms": parse_duration(max_latency_p99) * 1000 if max_latency_p99 else None,
         "max_memory_bytes": parse_size(max_memory) if max_memory else None,
+        "device_memory": parse_size(device_memory) if device_memory else None,
         "max_drop": max_drop,
         "recipes": tuple(recipe or ()),
         "time_limit_s": parse_duration(time_limit),
@@ -97,6 +101,7 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
 
 cli_training.register(app)
 cli_prune.register(app)
+cli_memory.register(app)
 
 
 @app.command()
