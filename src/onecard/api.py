@@ -80,19 +80,20 @@ def optimize(  # noqa: PLR0913 - the keywords are the interface
     return load(out, device=search_options.device)
 
 
-def load(path: str | Path, device: str = "auto") -> Bundle:
+def load(path: str | Path, device: str = "auto", *, device_memory: int | None = None) -> Bundle:
     """Open a bundle; see :func:`onecard.bundle.open.load_bundle` for what is checked and raised.
 
     Args:
         path: the bundle's folder.
         device: ``auto``, ``cpu``, ``cuda:0`` ...
+        device_memory: most bytes of the device's memory that streamed weights may take.
 
     Returns:
         A callable: ``bundle(image=array)["output"]``.
     """
     from onecard.bundle.open import load_bundle
 
-    return load_bundle(path, device)
+    return load_bundle(path, device, device_memory=device_memory)
 
 
 def prepare(  # noqa: PLR0913 - keywords only

@@ -20,8 +20,8 @@ from typing import Any
 
 from onecard.bundle.manifest import read_manifest
 from onecard.bundle.open import device_for
+from onecard.device_memory import check_device_memory, limit_device_memory
 from onecard.errors import EngineClosedError, UsageError
-from onecard.memory.budget import check_device_memory, limit_device_memory
 from onecard.runtime.cost import Costs
 from onecard.runtime.dispatch import Dispatch, fail
 from onecard.runtime.future import Answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from onecard.evidence import Verdict
 
 _POLL_S = 0.1
 PARENT = "ONECARD_WORKER_PARENT"
+_PR_SET_PDEATHSIG = 1
 ON_CALL = "ONECARD_WORKER_ON_CALL"
 _LOG_TAIL = 4000
 _SIGNAL_CURES = {
@@ -203,3 +205,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()
+
+
+def die_with_parent() -> None:
+    """In a worker: ask Linux to kill this process when its starter dies, so that kill -9 leaves nothing running."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            sys.exit(1)  # it died before it could be asked for

@@ -41,7 +41,7 @@ class Traits:
     """What decides which recipes apply: layers of the model, symbols of the spec, abilities of the card.
 
     ``rows`` tells that there is data, without which nobody could say what a compression costs; ``alternatives``
-    are the names of the programs that may take the original's place.
+    are the names of the programs that may take the original's place; ``limited`` that the device's memory is.
     """
 
     convs: bool
@@ -55,10 +55,17 @@ class Traits:
     fp8: bool = False
     sparse: bool = False
     rows: bool = False
+    limited: bool = False
     alternatives: tuple[str, ...] = ()
 
 
-def traits_of(model: Model, environment: Environment, rows: bool = False, alternatives: tuple[str, ...] = ()) -> Traits:
+def traits_of(
+    model: Model,
+    environment: Environment,
+    rows: bool = False,
+    alternatives: tuple[str, ...] = (),
+    limited: bool = False,
+) -> Traits:
     """Look at a model and a machine, and at what the user gave beside them."""
     layers = list(model.flat.inner.modules())
     card = environment.card
@@ -76,6 +83,7 @@ def traits_of(model: Model, environment: Environment, rows: bool = False, altern
         sparse=capability >= _SPARSE_SINCE,
         rows=rows,
         alternatives=alternatives,
+        limited=limited,
     )
 
 
@@ -91,6 +99,9 @@ def default_recipes(traits: Traits) -> list[Recipe]:
         recipes += (_cuda_compressed if traits.cuda else _cpu_compressed)(traits)
     elif traits.rows and not traits.cuda:
         recipes += [Recipe("onnxruntime", "cpu", ("int8",)), Recipe("openvino", "", ("int8",))]
+    if traits.limited and not traits.onnx:
+        recipes += [Recipe("stream", "", (half,)) for half in (("fp16", "bf16") if traits.cuda else ())]
+        recipes.append(Recipe("stream"))
     recipes += [Recipe(name) for name in plugins()]
     return list(dict.fromkeys([ORIGINAL, *recipes]))
 

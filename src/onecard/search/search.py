@@ -73,7 +73,8 @@ class Search:
         self._data = data
         self._material = material or Material()
         rows = data is not None or self._material.calibration is not None
-        traits = traits_of(model, self.environment, rows, tuple(self._material.alternatives))
+        limited = options.device_memory is not None
+        traits = traits_of(model, self.environment, rows, tuple(self._material.alternatives), limited)
         self.recipes = select_recipes(traits, options.recipes)
         self.buckets = tuple(default_buckets(model.spec, options.batches))
         self.done: dict[str, Candidate] = {}

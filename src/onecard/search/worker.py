@@ -8,7 +8,6 @@ reproduces what the search did. What goes wrong is written as a verdict; only a 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import importlib
 import os
@@ -21,12 +20,14 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
 from onecard.backends import get_backend
 from onecard.backends.base import native_transforms
 from onecard.bundle.variant import Site, VariantRunner, artifact_targets, load_variant
+from onecard.device_memory import limit_device_memory
 from onecard.errors import MissingDependencyError, Unsupported
 from onecard.evidence import Compression, Measurement, Metric, Timing, Verdict
 from onecard.inputs import make_inputs
@@ -35,10 +36,10 @@ from onecard.measure.memory import MemoryWatch
 from onecard.measure.timer import Effort, Stopwatch, measure, no_garbage_collection, rotation
 from onecard.models.flat import by_name
 from onecard.models.source import load_source, read_source
-from onecard.recipe import Recipe
+from onecard.recipe import ORIGINAL, Recipe
 from onecard.search.bench import load_rows, make_bench, real_inputs
 from onecard.search.job import BuildResult, CandidateFolder, Job, JobFolder, PlayoffResult, RunResult, write
-from onecard.search.processes import ON_CALL, PARENT
+from onecard.search.processes import ON_CALL, die_with_parent
 from onecard.search.recipes import parse_recipe
 from onecard.spec import Bucket
 from onecard.transforms import apply_transforms
@@ -50,7 +51,6 @@ from onecard.verify.evaluate import answers_of, evaluate
 from onecard.verify.gate import Gate
 from onecard.verify.reference import Run, compute_reference, read_reference, to_device, write_reference
 
-_PR_SET_PDEATHSIG = 1
 _GLANCE = Effort(0.1, 0.1, 0.05, 3, 20)  # for a wrong variant: enough to say what it would have been worth
 _SETTLING_SHARE = 0.5  # of the time for a build; the artifacts themselves need the rest
 _MAX_PLAYOFFS = 2  # a round in which the card slowed itself down is played again
@@ -59,7 +59,7 @@ _MAX_PLAYOFFS = 2  # a round in which the card slowed itself down is played agai
 def main(arguments: list[str]) -> int:
     """Entry of a worker process; see the module's docstring."""
     role, folder, *recipes = arguments
-    _die_with_parent()
+    die_with_parent()
     if ON_CALL in os.environ:
         _preload(JobFolder(Path(folder)), recipes[0])
         sys.stdin.readline()  # the search says when the machine is ours
@@ -80,8 +80,16 @@ def main(arguments: list[str]) -> int:
 
 
 def make_reference(folder: JobFolder) -> None:
-    """Run the original in fp32 on every case and write its answers."""
+    """Run the original in fp32 on every case and write its answers; on the CPU if the device cannot hold it."""
     job = folder.read_job()
+    try:
+        _make_reference(folder, job, ())
+    except torch.OutOfMemoryError:
+        note = "the original does not fit in the device's memory: its answers were computed on the CPU"
+        _make_reference(folder, msgspec.structs.replace(job, device="cpu"), (note,))
+
+
+def _make_reference(folder: JobFolder, job: Job, notes: tuple[str, ...]) -> None:
     model = load_source(folder.source, allow_live=True)
     module = model.flat.to(job.device)
     data = load_rows(folder, job)
@@ -96,7 +104,7 @@ def make_reference(folder: JobFolder) -> None:
     found = compute_reference(run, job.spec, cases, folder.reference, rows, job.device)
     metric = _evaluate(run, job, data) if job.metric and data else None
     error = _fp64_error(run, module, job, cases[0], rows)
-    replaced = type(found)(found.cases, found.row_invariant, error, metric, found.notes)
+    replaced = type(found)(found.cases, found.row_invariant, error, metric, (*notes, *found.notes))
     write_reference(replaced, folder.reference)
 
 
@@ -128,9 +136,11 @@ def _build(
     if refusal is not None:
         return refusal
     example = job.buckets[0] if job.buckets else {}
-    inputs = to_device(make_inputs(job.spec, example), job.device)
     _stage(place, "loading the model")
-    module = load_source(folder.source, allow_live=True).flat.to(job.device)
+    on_host = getattr(backend, "builds_on_host", False)  # for what may be larger than the device's memory
+    place_of_build = "cpu" if on_host else job.device
+    module = load_source(folder.source, allow_live=True).flat.to(place_of_build)
+    inputs = to_device(make_inputs(job.spec, example), place_of_build)
     work, bench = place.root / "work", None
     if recipe.compressions:
         work.mkdir(exist_ok=True)
@@ -144,7 +154,7 @@ def _build(
             _stage(place, f"building {artifact.name}")
             artifact.mkdir()
             bucket = target.bucket if target.bucket is not None else example
-            inputs = to_device(make_inputs(job.spec, bucket), job.device)
+            inputs = to_device(make_inputs(job.spec, bucket), place_of_build)
             backend.build(module, inputs, artifact, dataclasses.replace(target, work=work, bench=bench))
     shutil.rmtree(work, ignore_errors=True)
     return Verdict("ok")
@@ -176,6 +186,8 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
     job = folder.read_job()
     data = load_rows(folder, job)
     inputs = data.inputs if data else real_inputs(folder, job)
+    if job.device_memory is not None and recipe != ORIGINAL:
+        limit_device_memory(job.device, job.device_memory)
     card, memory = CardSampler(job.device), MemoryWatch(job.device)
     _stage(place, "loading")
     started = time.perf_counter()
@@ -360,14 +372,6 @@ def _preload(folder: JobFolder, recipe_id: str) -> None:
     for name in filter(None, modules):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when the search dies, so that kill -9 leaves nothing running."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
-            sys.exit(1)  # it died before it could be asked for
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ def test_the_card_decides_about_engines_and_precision():
     assert "openvino.bf16" in ids("cpu_bf16")
 
 
+def test_weights_are_streamed_where_the_devices_memory_is_limited():
+    assert [name for name in ids("cuda", "limited") if "stream" in name] == ["stream+fp16", "stream+bf16", "stream"]
+    assert [name for name in ids("limited") if "stream" in name] == ["stream"]
+    assert not [name for name in ids("cuda") + ids("onnx", "limited") if "stream" in name]
+
+
 def test_compression_is_offered_where_its_loss_can_be_known():
     assert not [r for r in default_recipes(traits("convs", "linears", "norms")) if r.compressions]
     assert "onnxruntime.cpu+fold_bn+int8" in ids("convs", "norms", "rows")
