@@ -16,14 +16,25 @@ if TYPE_CHECKING:
     from onecard.api import optimize as optimize
     from onecard.api_training import prune as prune
     from onecard.api_training import qat as qat
+    from onecard.runtime.engine import Engine as Engine
+    from onecard.runtime.engine import EngineOptions as EngineOptions
+    from onecard.streaming.model import stream as stream
 
 __version__ = "0.1.0"
-__all__ = ["OnecardError", "__version__", "load", "optimize", "prune", "qat"]
-_PLACES = {"load": "api", "optimize": "api", "prune": "api_training", "qat": "api_training"}
+__all__ = ["Engine", "EngineOptions", "OnecardError", "__version__", "load", "optimize", "prune", "qat", "stream"]
+_PLACES = {
+    "load": "api",
+    "optimize": "api",
+    "prune": "api_training",
+    "qat": "api_training",
+    "Engine": "runtime.engine",
+    "EngineOptions": "runtime.engine",
+    "stream": "streaming.model",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the functions when they are first used, so that importing onecard costs no torch."""
+    """Import them when they are first used, so that importing onecard costs no torch."""
     if name in _PLACES:
         return getattr(importlib.import_module(f"onecard.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'onecard' has no attribute '{name}'")

@@ -18,6 +18,7 @@ BACKENDS = {
     "onnxruntime": "onecard.backends.onnxruntime:OnnxRuntimeBackend",
     "openvino": "onecard.backends.openvino:OpenVinoBackend",
     "tensorrt": "onecard.backends.tensorrt:TensorRtBackend",
+    "stream": "onecard.backends.stream:StreamBackend",
 }
 
 

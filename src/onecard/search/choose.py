@@ -24,11 +24,13 @@ class Wishes:
         objective: one of :data:`OBJECTIVES`.
         max_latency_p99_ms: no bucket is served slower than this, if given.
         max_memory_bytes: the most memory at once, if given.
+        device_memory: the most of the device's memory, if given; what needs more is no choice, not even the original.
     """
 
     objective: str = "latency"
     max_latency_p99_ms: float | None = None
     max_memory_bytes: int | None = None
+    device_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,22 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return len(a) == len(b) and all(x <= y for x, y in zip(a, b, strict=True)) and a != b
 
 
+def device_need(candidate: Candidate) -> int:
+    """Bytes that a variant holds on its device: measured on a GPU; on a CPU its files, which are mostly weights.
+
+    0 for one that streams its weights: it keeps to any limit that it was loaded with.
+    """
+    measured = candidate.measurement
+    return 0 if candidate.recipe.backend == "stream" else measured.peak_device_bytes or measured.size_bytes
+
+
 def within_memory(passed: list[Candidate], wishes: Wishes, notes: list[str]) -> list[Candidate]:
-    """Those that fit into the memory limit, or else the one that comes closest, with a note."""
+    """Those that fit into the memory limits, or else the one that comes closest, with a note."""
+    if wishes.device_memory is not None:
+        small = [c for c in passed if device_need(c) <= wishes.device_memory]
+        if not small and passed:
+            notes.append(f"no variant keeps to {wishes.device_memory / 2**20:.0f} MiB of the device's memory")
+        passed = small or passed
     limit = wishes.max_memory_bytes
     if limit is None:
         return passed

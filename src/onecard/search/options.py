@@ -30,7 +30,8 @@ class Options:
         fresh: forget what an earlier search of the same job found.
         thresholds: relative L2 by precision, in place of the default ones.
         effort: how long to measure.
-        device_memory: most bytes of the device's memory that a variant may take; the original need not keep to it.
+        device_memory: most bytes of the device's memory that a variant may take. The original is run beyond
+            it, to compare with, but is no choice then.
         worker_memory_bytes: kill a worker that holds more main memory; None means most of the machine's.
     """
 
@@ -52,7 +53,7 @@ class Options:
 
     @property
     def wishes(self) -> Wishes:
-        return Wishes(self.objective, self.max_latency_p99_ms, self.max_memory_bytes)
+        return Wishes(self.objective, self.max_latency_p99_ms, self.max_memory_bytes, self.device_memory)
 
 
 @dataclass

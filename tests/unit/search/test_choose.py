@@ -156,6 +156,21 @@ def test_the_closest_is_offered_when_nothing_fits_into_memory():
     assert choice.notes == (f"no variant fits into 100 MiB; the closest, {SMALL.id}, needs 200 MiB",)
 
 
+def test_what_does_not_keep_to_the_devices_memory_is_no_choice_however_fast():
+    stream = candidate(Recipe("stream"), 30, 240, size=500)
+    choice = chosen(candidate(ORIGINAL, 10, 80, size=500), candidate(SMALL, 5, 40, size=300), stream, device_memory=MIB)
+    assert choice.chosen == "stream"
+    assert [rank.variants for rank in choice.ranks] == [("stream",)] * 2
+    assert choice.notes == ()
+
+
+def test_where_the_original_does_not_fit_the_others_are_compared_among_themselves():
+    broken = Candidate(ORIGINAL, Verdict("out_of_memory", "2 GiB were asked for"))
+    choice = chosen(broken, candidate(SMALL, 25, 200), candidate(FAST, 5, 20))
+    assert choice.chosen == FAST.id
+    assert [rank.variants for rank in choice.ranks] == [(FAST.id, SMALL.id)] * 2
+
+
 def test_the_latency_limit_comes_before_the_objective():
     jittery = candidate(FAST, 5, 40, tail=500)
     choice = chosen(candidate(ORIGINAL, 20, 160), jittery, candidate(SMALL, 10, 80), max_latency_p99_ms=100)
