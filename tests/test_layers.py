@@ -26,8 +26,10 @@ BASE = {
     "reference": {"errors"},
     "arrays": {"errors"},
     "inputs": {"spec"},
+    "device_memory": {"errors", "host", "nvml", "units"},
     "environment": {"errors", "host", "nvml"},
     "evidence": {"environment", "recipe", "spec"},
+    "tuning": {"environment", "errors"},
 }
 _BASE = set(BASE)
 ALLOWED: dict[str, set[str]] = {
@@ -35,12 +37,16 @@ ALLOWED: dict[str, set[str]] = {
     "models": _BASE,
     "calibration": {*_BASE, "models", "verify"},
     "transforms": {*_BASE, "models", "calibration"},
-    "backends": {*_BASE, "models", "transforms", "calibration"},
+    "backends": {*_BASE, "models", "transforms", "calibration", "streaming"},
     "training": {*_BASE, "models", "transforms", "verify", "measure"},
     "verify": _BASE,
     "measure": _BASE,
     "bundle": {*_BASE, "backends", "transforms", "verify"},
     "search": {*_BASE, "models", "transforms", "backends", "calibration", "verify", "measure", "bundle"},
+    "kernels": set(),
+    "memory": {*_BASE, "models", "transforms", "measure", "bundle", "search"},
+    "streaming": {*_BASE, "models"},
+    "runtime": {*_BASE, "models", "backends", "bundle", "kernels"},
     "report": _BASE,
     "doctor": {*_BASE, "measure"},
     "listing": {*_BASE, "bundle", "report"},
@@ -50,7 +56,14 @@ ALLOWED: dict[str, set[str]] = {
     "api_training": {*_BASE, "api", "models", "training", "verify"},
     "cli_training": {*_BASE, "models", "training"},
     "cli_prune": {*_BASE, "cli_training", "models", "training", "verify"},
-    "cli": {*_BASE, "api", "bundle", "cli_prune", "cli_training", "report", "doctor", "listing", "live"},
+    "api_tuning": {*_BASE, "bundle", "report", "runtime"},
+    "cli_runtime": {*_BASE, "api_tuning", "report", "runtime"},
+    "cli_memory": {*_BASE, "memory", "report"},
+    "cli": {
+        *_BASE,
+        *("api", "bundle", "cli_memory", "cli_prune", "cli_runtime", "cli_training", "report"),
+        *("doctor", "listing", "live"),
+    },
     "__main__": {"cli"},
     "onecard": {"errors"},  # __init__.py; what it names in its table is imported when it is first used
 }

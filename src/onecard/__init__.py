@@ -16,17 +16,30 @@ if TYPE_CHECKING:
     from onecard.api import optimize as optimize
     from onecard.api_training import prune as prune
     from onecard.api_training import qat as qat
+    from onecard.api_tuning import tune as tune
     from onecard.runtime.engine import Engine as Engine
     from onecard.runtime.engine import EngineOptions as EngineOptions
     from onecard.streaming.model import stream as stream
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "EngineOptions", "OnecardError", "__version__", "load", "optimize", "prune", "qat", "stream"]
+__all__ = [
+    "Engine",
+    "EngineOptions",
+    "OnecardError",
+    "__version__",
+    "load",
+    "optimize",
+    "prune",
+    "qat",
+    "stream",
+    "tune",
+]
 _PLACES = {
     "load": "api",
     "optimize": "api",
     "prune": "api_training",
     "qat": "api_training",
+    "tune": "api_tuning",
     "Engine": "runtime.engine",
     "EngineOptions": "runtime.engine",
     "stream": "streaming.model",

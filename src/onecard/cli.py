@@ -1,4 +1,4 @@
-"""The command line: ``onecard optimize | qat | prune | plan | run | inspect | report | doctor``."""
+"""The command line: ``onecard optimize | qat | prune | plan | tune | run | inspect | report | doctor``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from onecard import cli_memory, cli_prune, cli_training
+from onecard import cli_memory, cli_prune, cli_runtime, cli_training
 from onecard.errors import InterruptedSearch, OnecardError, UsageError
 from onecard.units import parse_duration, parse_size
 
@@ -102,6 +102,7 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
 cli_training.register(app)
 cli_prune.register(app)
 cli_memory.register(app)
+cli_runtime.register(app)
 
 
 @app.command()
@@ -159,12 +160,13 @@ def report(
 ) -> None:
     """Write the evidence of a bundle as a page, and name it."""
     from onecard.bundle.evidence_file import read_evidence
+    from onecard.bundle.tuning_file import read_tuning
     from onecard.report.html import write_report
 
     evidence = read_evidence(bundle)
     page = output or Path(f"{bundle.absolute().name.removesuffix('.onecard')}-report.html")
     try:
-        write_report(evidence, page)
+        write_report(evidence, page, read_tuning(bundle))
     except OSError as error:
         raise UsageError(f"{page} cannot be written: {error.strerror}.", "Choose another place with -o.") from error
     _out.print(str(page.absolute()), soft_wrap=True, markup=False)

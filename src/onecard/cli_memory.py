@@ -49,8 +49,8 @@ def plan_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
 ) -> None:
     """Predict and measure the memory that MODEL_OR_BUNDLE takes at each size, and what would make it fit."""
-    from onecard.evidence import to_json
     from onecard.device_memory import parse_device_memory
+    from onecard.evidence import to_json
     from onecard.memory.plan import PlanOptions, make_plan
 
     options = PlanOptions(

@@ -13,28 +13,31 @@ from string import Template
 
 from onecard.errors import StorageError
 from onecard.evidence import Evidence
-from onecard.report import compression, figures, plots, steps
+from onecard.report import compression, figures, plots, steps, tuning
 from onecard.report import format as fmt
 from onecard.report.about import card_table, environment_table, how_to_load, search_table
 from onecard.report.advice import advice
 from onecard.report.table import bucket_class, candidates_table, code
 from onecard.spec import Bucket
+from onecard.tuning import Tuning
 
 _UNIT = re.compile(r"(?<=\d) (?=(?:ms|µs|s|rows/s)\b|%)")
 """The space between a number and its unit, where no line should break."""
+_BUNDLE = re.compile(r"(?!\.).*\.onecard", re.DOTALL)
 
 
-def write_report(evidence: Evidence, path: Path) -> None:
+def write_report(evidence: Evidence, path: Path, tuned: Tuning | None = None) -> None:
     """Write the evidence as one self-contained page.
 
     Args:
         evidence: the outcome of a search; its text is not trusted and all of it is escaped.
         path: the file to write; an older one is replaced.
+        tuned: what ``onecard tune`` found, if it ran.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    page = render(evidence, path.parent.name)
+    page = render(evidence, path.parent.name, tuned)
     try:
         path.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -43,8 +46,8 @@ def write_report(evidence: Evidence, path: Path) -> None:
         ) from error
 
 
-def render(evidence: Evidence, bundle: str = "") -> str:
-    """The page as text; ``bundle`` is the folder's name for the lines that load it."""
+def render(evidence: Evidence, bundle: str = "", tuned: Tuning | None = None) -> str:
+    """The page as text; ``bundle`` is the folder's name for the lines that load it, ``tuned`` what tuning found."""
     style = _part("page.css") + _picker_style(len(figures.buckets(evidence)))
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
@@ -53,7 +56,7 @@ def render(evidence: Evidence, bundle: str = "") -> str:
         style_hash=_digest(style),
         script=script,
         script_hash=_digest(script),
-        body=_body(evidence, bundle if bundle.endswith(".onecard") and not bundle.startswith(".") else "model.onecard"),
+        body=_body(evidence, tuned, bundle if _BUNDLE.fullmatch(bundle) else "model.onecard"),
     )
 
 
@@ -66,12 +69,13 @@ def _digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _body(evidence: Evidence, bundle: str) -> str:
+def _body(evidence: Evidence, tuned: Tuning | None, bundle: str) -> str:
     sections = [
         _section("Every candidate", candidates_table(evidence), _picker(evidence) + _how_to_read(evidence)),
         _section("What the figures look like", _plots(evidence), _picker_again(evidence)),
         _section("What each step gained and lost", _waterfalls(evidence) + steps.steps_table(evidence), _STEPS_NOTE),
         _section("Compression", compression.section(evidence), _COMPRESSION_NOTE),
+        _section("Tuning", tuning.section(tuned), _TUNING_NOTE),
         _section("What to try next", _advice(evidence)),
         _section("Load it", how_to_load(evidence, bundle)),
         _section("How it was measured", environment_table(evidence) + card_table(evidence) + search_table(evidence)),
@@ -87,6 +91,9 @@ _STEPS_NOTE = (
 _COMPRESSION_NOTE = (
     '<p class="note">What was tried until the gate passed, and what it saves; shares are of the original\'s size '
     "and memory.</p>"
+)
+_TUNING_NOTE = (
+    '<p class="note">From host memory to host memory, the copies included. Measured by <code>onecard tune</code>.</p>'
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import math
 import sys
 import threading
@@ -72,15 +73,18 @@ class EngineOptions:
 
 
 class _Interpreter:
-    """While an engine is open, a thread that computes in Python lets go of the interpreter after 0.5 ms, not 5.
+    """Python's own pauses, made shorter while an engine is open.
 
-    An engine's threads let go of it in every call into PyTorch, and beside a busy caller wait so long to have it back.
+    A thread that computes in Python lets go of the interpreter after 0.5 ms, not 5: an engine's threads let go of it
+    in every call into PyTorch, and beside a busy caller wait so long to have it back. And what was imported and
+    loaded until now is no longer looked through by the garbage collector, which takes 100 ms and more beside PyTorch.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._engines = 0
         self._before = 0.0
+        self._frozen = False
 
     def share(self) -> None:
         with self._lock:
@@ -88,12 +92,18 @@ class _Interpreter:
             if self._engines == 1:
                 self._before = sys.getswitchinterval()
                 sys.setswitchinterval(min(self._before, _SWITCH_S))
+                self._frozen = not gc.get_freeze_count()  # else the program froze it itself, for a fork mostly
+                if self._frozen:
+                    gc.collect()
+                    gc.freeze()
 
     def unshare(self) -> None:
         with self._lock:
             self._engines -= 1
             if self._engines == 0:
                 sys.setswitchinterval(self._before)
+                if self._frozen:
+                    gc.unfreeze()
 
 
 _interpreter = _Interpreter()
@@ -159,7 +169,7 @@ class Engine:
         Args:
             path: the bundle's folder.
             device: ``auto``, ``cpu``, ``cuda:0`` ...
-            options: see :class:`EngineOptions`.
+            options: see :class:`EngineOptions`; None for those that ``onecard tune`` wrote into the bundle, if it did.
             on_batch: told of every batch.
 
         Raises:
@@ -168,7 +178,10 @@ class Engine:
             DeviceMemoryError: not even the smallest size fits.
             UsageError: a device memory that the device does not have.
         """
-        options = options or EngineOptions()
+        if options is None:
+            from onecard.runtime.tune import tuned_options
+
+            options = tuned_options(path, device=device)
         share = None
         if options.device_memory is not None:
             place = device_for(read_manifest(Path(path).absolute()), device)
