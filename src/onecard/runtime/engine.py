@@ -34,6 +34,7 @@ from onecard.runtime.request import Intake, Request
 from onecard.runtime.served import BundleModel, Served
 from onecard.runtime.stages import open_stage
 from onecard.runtime.staging import Stage
+from onecard.runtime.usage import MemoryUse, memory_use
 from onecard.runtime.warm import warm_up
 from onecard.runtime.work import Work
 from onecard.spec import Spec
@@ -267,6 +268,11 @@ class Engine:
     def healthy(self) -> bool:
         """False once closed, or once the device can do nothing more for this process."""
         return not self._closed and not self._dispatch.broken
+
+    @property
+    def memory(self) -> MemoryUse:
+        """What is held at this moment, by the allocators' own account."""
+        return memory_use(self.device, self._dispatch.queued[2])
 
     def predicted_wait_s(self, priority: int = 0) -> float:
         """How long a request that came now would wait for its turn."""

@@ -484,6 +484,17 @@ def test_a_real_bundle_on_two_lanes_answers_as_the_original_did():
             )
 
 
+def test_memory_is_reported():
+    engine, gate = gated()
+    mine = engine.submit({"x": rows_of(1, 4)})
+    assert engine.memory.queued_bytes == rows_of(1, 4).nbytes
+    assert engine.memory.reserved_bytes == engine.memory.pinned_bytes == 0  # there is no card
+    gate.open.set()
+    mine.result(30)
+    assert engine.memory.queued_bytes == 0
+    engine.close()
+
+
 def test_options_that_make_no_sense():
     with pytest.raises(UsageError, match="depth"):
         EngineOptions(depth=0)
