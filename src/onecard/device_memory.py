@@ -1,4 +1,4 @@
-"""How much memory of a device may be used: reading the limit, making it real, and what is free.
+"""How much memory of a device may be used: reading the limit, and making it real.
 
 On a GPU the limit is held by PyTorch's allocator, so that an allocation beyond it fails as on a smaller card. The
 CUDA context (a few hundred MiB for each process) and what other libraries take from the driver are outside of it.
@@ -6,8 +6,6 @@ A CPU process cannot be held to a limit from within; whoever starts it watches i
 """
 
 from __future__ import annotations
-
-import psutil
 
 from onecard import host, nvml
 from onecard.errors import UsageError
@@ -79,19 +77,3 @@ def limit_device_memory(device: str, nbytes: int) -> None:
 
     total = int(torch.cuda.get_device_properties(device).total_memory)
     torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
-
-
-def free_device_memory(device: str) -> int:
-    """Bytes that this process could still allocate: what is free, and what its allocator keeps without using it.
-
-    On a GPU never more than is left under :func:`limit_device_memory`.
-    """
-    if device == "cpu":
-        return min(host.usable_memory(), int(psutil.virtual_memory().available))
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    allocated = int(torch.cuda.memory_allocated(device))
-    kept = int(torch.cuda.memory_reserved(device)) - allocated
-    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return max(0, min(int(free) + kept, limit - allocated))

@@ -17,10 +17,9 @@ if not torch.cuda.is_available():
 GIB = 1 << 30
 LIMITED = """
 import torch
-from onecard.device_memory import free_device_memory, limit_device_memory
+from onecard.device_memory import limit_device_memory
 limit_device_memory("cuda:0", 1 << 30)
 half = torch.empty(1 << 29, dtype=torch.uint8, device="cuda:0")
-assert (1 << 29) - (64 << 20) < free_device_memory("cuda:0") <= 1 << 29
 try:
     torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
 except torch.OutOfMemoryError:

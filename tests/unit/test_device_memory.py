@@ -8,7 +8,6 @@ from onecard import host
 from onecard.device_memory import (
     check_device_memory,
     device_memory,
-    free_device_memory,
     limit_device_memory,
     parse_device_memory,
 )
@@ -41,9 +40,6 @@ def test_a_limit_above_the_machine_is_refused():
 
 
 def test_a_cpu_is_not_limited_from_within_but_nonsense_is_refused():
-    before = free_device_memory("cpu")
     limit_device_memory("cpu", 1 << 30)
-    assert 0 < free_device_memory("cpu") <= host.usable_memory()
-    assert before <= host.usable_memory()
     with pytest.raises(UsageError, match="leaves nothing"):
         limit_device_memory("cpu", 0)

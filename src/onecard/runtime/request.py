@@ -11,10 +11,10 @@ from torch import Tensor
 
 from onecard.errors import SpecError
 from onecard.runtime.future import Answer
-from onecard.runtime.ingest import Ingest
+from onecard.runtime.ingest import Ingest, check_ingests, model_shapes
 from onecard.runtime.slots import Array
 from onecard.runtime.work import Lengths
-from onecard.spec import Spec, TensorSpec
+from onecard.spec import Spec
 
 _MOST_SHAPES = 4096  # remembered; a client that sends ever new shapes must not fill the memory
 
@@ -69,15 +69,11 @@ class Intake:
 
     def __init__(self, spec: Spec, ingest: Sequence[Ingest] = ()) -> None:
         self.spec = spec
-        self._raw = {raw.input: raw for raw in ingest}
+        self._ingests = check_ingests(spec, ingest)
         self._batch = spec.batch_symbol
         self._others = tuple(name for name in spec.symbols if name != self._batch)
         self._inputs = {t.name: t for t in spec.inputs}
-        self._numpy = {t.name: _numpy_dtype(t.dtype) for t in spec.inputs}
-        self._torch = {t.name: getattr(torch, t.dtype) for t in spec.inputs}
         self._seen: dict[Any, tuple[int, Lengths]] = {}
-        for raw in ingest:
-            raw.check(spec)
 
     def take(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Array], int, Lengths, int, bool]:
         """Check a request.
@@ -122,33 +118,6 @@ class Intake:
         )
 
     def _measure(self, arrays: dict[str, Array]) -> tuple[int, Lengths]:
-        shapes = {}
-        for name, array in arrays.items():
-            expected = self._inputs.get(name)
-            raw = self._raw.get(name)
-            if raw is not None and _dtype_name(array) == raw.raw_dtype:
-                shapes[name] = raw.model_shape(tuple(array.shape))
-                continue
-            if expected is not None:
-                self._check_dtype(array, expected)
-            shapes[name] = tuple(array.shape)
-        size = self.spec.bind(shapes)
+        size = self.spec.bind(model_shapes(self.spec, self._ingests, arrays))
         rows = size[self._batch] if self._batch is not None else 1
         return rows, tuple(size[name] for name in self._others)
-
-    def _check_dtype(self, array: Array, expected: TensorSpec) -> None:
-        wanted = self._numpy[expected.name] if isinstance(array, np.ndarray) else self._torch[expected.name]
-        if array.dtype != wanted:
-            also = f" (or {self._raw[expected.name].raw_dtype})" if expected.name in self._raw else ""
-            raise SpecError(
-                f"input '{expected.name}' is {_dtype_name(array)}, expected {expected}{also}.",
-                f"Convert it to {expected.dtype} first.",
-            )
-
-
-def _dtype_name(array: Array) -> str:
-    return str(array.dtype).removeprefix("torch.")
-
-
-def _numpy_dtype(name: str) -> np.dtype[Any] | None:
-    return None if name == "bfloat16" else np.dtype(name)

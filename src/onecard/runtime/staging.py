@@ -19,9 +19,7 @@ from onecard.errors import EngineClosedError
 from onecard.runtime.entries import Source, capacities, make_entries
 from onecard.runtime.ingest import Ingest
 from onecard.runtime.slots import Padding, Slab, as_tensor, lay_out, part, put
-from onecard.spec import Bucket, Spec, TensorSpec
-
-_MOST_SIZES = 256  # a null model of dynamic sizes has one set of zeros for each
+from onecard.spec import Bucket, Spec
 
 
 class Model(Protocol):
@@ -232,38 +230,6 @@ class CpuStage:
         return inputs
 
 
-class NullStage:
-    """No copy and no model: zeros of the right shapes at once. What is left is what the engine costs by itself.
-
-    Args:
-        spec: what the model would take and give; an output's dimension of unknown size is 1.
-    """
-
-    synchronous = True
-    depth = 1
-
-    def __init__(self, spec: Spec) -> None:
-        self._outputs = spec.outputs
-        self._zeros: dict[tuple[int, ...], dict[str, Tensor]] = {}
-
-    def launch(self, sources: Sequence[Source], rows: int, size: Bucket) -> HostFlight:
-        key = tuple(size.values())
-        if key not in self._zeros:
-            if len(self._zeros) >= _MOST_SIZES:
-                self._zeros.clear()
-            self._zeros[key] = {tensor.name: _zeros(tensor, size) for tensor in self._outputs}
-        return HostFlight(self._zeros[key], False, StageTimings())
-
-    def register(self, memory: Any) -> bool:
-        return False
-
-    def unregister(self, memory: Any) -> None:
-        return
-
-    def close(self) -> None:
-        self._zeros = {}
-
-
 def own(answers: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> dict[str, Tensor]:
     """Answers that share no memory with the inputs, nor one row with another.
 
@@ -286,8 +252,3 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """The addresses of the storage that a tensor is a view of."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
-def _zeros(tensor: TensorSpec, size: Bucket) -> Tensor:
-    shape = [dim if isinstance(dim, int) else size.get(dim, 1) for dim in tensor.shape]
-    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))

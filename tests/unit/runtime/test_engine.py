@@ -202,7 +202,7 @@ def test_narrower_numbers_than_the_model_takes():
     ("inputs", "message"),
     [
         ({}, "takes inputs"),
-        ({"x": rows_of(0, 1), "z": rows_of(0, 1)}, "takes inputs"),
+        ({"x": rows_of(0, 1), "z": rows_of(0, 1)}, "no input .z."),
         ({"x": [[1.0, 2.0, 3.0]]}, "is a list, expected"),
         ({"x": rows_of(0, 1).astype(np.float64)}, "is float64, expected x: float32"),
         ({"x": rows_of(0, 1)[:, :2]}, "has size 2 in dimension 1"),

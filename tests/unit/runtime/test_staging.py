@@ -16,11 +16,11 @@ from torch import Tensor
 from onecard.errors import EngineClosedError, EngineError, SpecError
 from onecard.runtime import roads
 from onecard.runtime.entries import Source
-from onecard.runtime.staging import CpuStage, Flight, NullStage, Stage
+from onecard.runtime.staging import CpuStage, Flight, Stage
 from onecard.runtime.staging_cuda import CudaOptions, CudaStage
 from onecard.spec import Bucket, Spec, TensorSpec, parse_spec
 from tests.unit.runtime.simulated_card import SimulatedCard
-from tests.unit.runtime.staged_batches import INGESTS, SIZES, Batches, Captured, Scorer, make_spec, same
+from tests.unit.runtime.staged_batches import INGESTS, SIZES, Batches, Captured, Scorer, same
 
 CARD_SEEDS = range(25)
 
@@ -384,19 +384,3 @@ def test_a_closed_cpu_stage_says_so() -> None:
     stage.close()
     with pytest.raises(EngineClosedError):
         stage.launch([], 0, SIZES[0])
-
-
-def test_the_null_stage_answers_zeros_of_the_right_shape() -> None:
-    stage = NullStage(make_spec())
-    flight = stage.launch([], 3, {"B": 4, "S": 9})
-    flight.wait()
-    assert not flight.owned
-    assert {name: tuple(t.shape) for name, t in flight.outputs.items()} == {
-        "tokens": (4, 9),
-        "mean": (4,),
-        "echo": (4, 3, 4, 5),
-        "tail": (4, 1),
-    }
-    assert not any(tensor.any() for tensor in flight.outputs.values())
-    flight.release()
-    stage.close()
