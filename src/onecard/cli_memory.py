@@ -43,7 +43,10 @@ def plan_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to plan for. Repeat it.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; of a model, not of a bundle.")] = "fp32",
-    depth: Annotated[int, typer.Option(help="Staging slots: batches whose inputs and outputs are held.")] = 3,
+    depth: Annotated[
+        int | None,
+        typer.Option(help="Staging slots: batches whose inputs and outputs are held; 3 on a GPU, 1 on a CPU."),
+    ] = None,
     no_measure: Annotated[bool, typer.Option("--no-measure", help="Only predict; nothing is run.")] = False,
     time_limit: Annotated[str, typer.Option(help="For measuring one size.")] = "5m",
     json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,

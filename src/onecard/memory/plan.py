@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+_GPU_DEPTH = 3  # one batch that is copied in, one that computes, one that is copied out
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PlanOptions:
         device_memory: bytes that may be used; None for all that the device has.
         batches: batch sizes to plan for; empty means the bundle's, or the smallest, 8 and the largest.
         precision: ``fp32``, ``fp16`` or ``bf16``; of a model, since a bundle's variants have their own.
-        depth: staging slots of the engine.
+        depth: staging slots of the engine; None for its own number, 3 on a GPU and 1 on a CPU.
         measure: run every size in a process of its own; otherwise only predict.
         time_limit_s: for measuring one size.
     """
@@ -58,7 +59,7 @@ class PlanOptions:
     device_memory: int | None = None
     batches: tuple[int, ...] = ()
     precision: str = "fp32"
-    depth: int = 3
+    depth: int | None = None
     measure: bool = True
     time_limit_s: float = 300.0
 
@@ -97,7 +98,8 @@ def make_plan(
     subject = open_subject(target, inputs, weights, options.batches)
     device = _device(subject, options)
     limit, total = _limit(device, options)
-    place = Place(device, _capability(device), options.depth)
+    depth = options.depth or (1 if device == "cpu" else _GPU_DEPTH)
+    place = Place(device, _capability(device), depth)
     if not options.measure:
         return Planner(subject, options, place, limit, observe).plan(total)
     with workplace(subject, options, observe) as work:
@@ -107,7 +109,7 @@ def make_plan(
 def _check(options: PlanOptions) -> None:
     if options.precision not in PRECISIONS:
         raise UsageError(f"unknown precision '{options.precision}': expected one of {', '.join(PRECISIONS)}.")
-    if options.depth < 1:
+    if options.depth is not None and options.depth < 1:
         raise UsageError(f"a depth of {options.depth} leaves no slot to run in.", "Give at least 1.")
     if options.time_limit_s <= 0:
         raise UsageError("the time limit must be more than nothing.")

@@ -80,7 +80,7 @@ class Planner:
             spec=self.subject.spec,
             limit_bytes=self.limit_bytes,
             total_bytes=total_bytes,
-            depth=self.options.depth,
+            depth=self.place.depth,
             buckets=tuple(rows),
             largest=largest,
             advice=advise(self, target, largest, rows) if target is not None else (),

@@ -119,7 +119,7 @@ def test_each_slot_holds_one_calls_inputs_and_outputs():
 
 
 def test_what_cannot_be_predicted_is_a_row_with_its_reason():
-    plan = only(Asks(), VECTOR)
+    plan = only(Asks(), VECTOR, depth=3)
     assert all(row.fits is None and "asks what is in a tensor" in row.note for row in plan.buckets)
     assert all(row.call_bytes is None and row.staging_bytes == 16 * ROW * row.bucket["B"] for row in plan.buckets)
     assert plan.largest is None
