@@ -83,6 +83,7 @@ class Delivery:
             return
         answer = request.answer
         answer.timing = RequestTiming(request.queue_s, time.monotonic() - work.arrived, batch.rows, len(request.parts))
+        answer.on_cancel = None  # or future and request would hold each other till a garbage collection
         work.gone = True
         if answer.running():
             answer.set_result(request.whole(self._dtypes))

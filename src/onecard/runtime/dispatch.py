@@ -74,12 +74,13 @@ class Dispatch:
             if self._closing or self._broken is not None:
                 raise self._broken or EngineClosedError("this engine is closed.", "Open it again.")
             self._batcher.put(work, work.arrived)
-            self._wake.notify()
+            self._wake.notify(len(self._lanes))  # one alone might be a lane that is busy, and would sleep on
 
     def cancel(self, work: Work) -> None:
         """Take a request out of the queue."""
         with self._wake:
             self._batcher.cancel(work)
+            _forget(work)
 
     def predicted_wait_s(self, priority: int) -> float:
         """How long a request that came now would wait for its turn."""
@@ -272,5 +273,13 @@ def fail(work: Work, error: BaseException) -> None:
     work.gone = True
     request: Request = work.request
     answer = request.answer
+    answer.on_cancel = None  # or future and request would hold each other, and the inputs, till a garbage collection
     if not answer.done() and (answer.running() or answer.set_running_or_notify_cancel()):
         answer.set_exception(error)
+    _forget(work)
+
+
+def _forget(work: Work) -> None:
+    """Let go of the inputs of a request that is over: the queue drops its entry only when it comes upon it."""
+    if not work.taken:  # else a batch may be reading them
+        work.request = None

@@ -242,7 +242,11 @@ class Engine:
         answer = Answer()
         work = Work(rows, lengths, nbytes, now, now + timeout_s, priority, client, Request(arrays, answer, numpy))
         answer.on_cancel = functools.partial(self._dispatch.cancel, work)
-        self._dispatch.put(work)
+        try:
+            self._dispatch.put(work)
+        except BaseException:
+            answer.on_cancel = None
+            raise
         return answer
 
     async def infer_async(

@@ -131,6 +131,8 @@ class Lane:
                 self._dispatch.break_off(explained(error))
             for piece in batch.slices:
                 fail(piece.work, too_large(batch.size, error) if short else explained(error))
+                if piece.rows == piece.work.rows:  # the error's traceback holds this batch, and the request the error
+                    piece.work.request = None
         self._leave()
         self._tell(batch, began, queue_s, StageTimings(), "out of memory" if short else first_line(error))
 

@@ -70,16 +70,18 @@ def test_out_of_memory_while_others_are_under_way():
 
 
 def test_closing_with_batches_under_way():
-    held = threading.Event()
+    held, entered = threading.Event(), threading.Event()
     held.set()
 
     def slow(inputs):
+        entered.set()
         assert held.wait(30)
         return twice_and_one(inputs)
 
     engine = engine_on(9, slow)
-    held.clear()
+    held.clear(), entered.clear()
     answers = [engine.submit({"x": rows_of(tag, 30)}) for tag in range(8)]
+    assert entered.wait(30)
     threading.Timer(0.1, held.set).start()
     engine.close(drain_s=0.0)
     outcomes = []
