@@ -58,10 +58,12 @@ ALLOWED: dict[str, set[str]] = {
     "cli_prune": {*_BASE, "cli_training", "models", "training", "verify"},
     "api_tuning": {*_BASE, "bundle", "report", "runtime"},
     "cli_runtime": {*_BASE, "api_tuning", "report", "runtime"},
+    "server": {*_BASE, "runtime"},
+    "cli_serve": {*_BASE, "runtime", "server"},
     "cli_memory": {*_BASE, "memory", "report"},
     "cli": {
         *_BASE,
-        *("api", "bundle", "cli_memory", "cli_prune", "cli_runtime", "cli_training", "report"),
+        *("api", "bundle", "cli_memory", "cli_prune", "cli_runtime", "cli_serve", "cli_training", "report"),
         *("doctor", "listing", "live"),
     },
     "__main__": {"cli"},

@@ -1,4 +1,4 @@
-"""The command line: ``onecard optimize | qat | prune | plan | tune | run | inspect | report | doctor``."""
+"""The command line: ``onecard optimize | qat | prune | plan | tune | serve | run | inspect | report | doctor``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from onecard import cli_memory, cli_prune, cli_runtime, cli_training
+from onecard import cli_memory, cli_prune, cli_runtime, cli_serve, cli_training
 from onecard.errors import InterruptedSearch, OnecardError, UsageError
 from onecard.units import parse_duration, parse_size
 
@@ -103,6 +103,7 @@ cli_training.register(app)
 cli_prune.register(app)
 cli_memory.register(app)
 cli_runtime.register(app)
+cli_serve.register(app)
 
 
 @app.command()

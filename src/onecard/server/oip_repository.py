@@ -1,0 +1,90 @@
+"""The model repository extension: its requests read, its index written.
+
+Source: Triton's "Model Repository Extension".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from onecard.server.oip_types import Buffer, ProtocolError, quote
+
+State = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
+_ENCODER = msgspec.json.Encoder()
+
+
+class IndexEntry(msgspec.Struct, frozen=True):
+    """One version of one model in the index.
+
+    Args:
+        name: of the model.
+        version: of the model.
+        state: in Triton's words.
+        reason: for the state, or empty.
+    """
+
+    name: str
+    version: str
+    state: State
+    reason: str = ""
+
+
+class _IndexRequest(msgspec.Struct):
+    ready: bool = False
+
+
+class _ChangeRequest(msgspec.Struct):
+    parameters: dict[str, Any] | None = None
+
+
+_INDEX_REQUEST = msgspec.json.Decoder(_IndexRequest)
+_CHANGE_REQUEST = msgspec.json.Decoder(_ChangeRequest)
+
+
+def parse_index(body: Buffer) -> bool:
+    """Read ``POST /v2/repository/index``: whether only models that are ready are asked for.
+
+    Raises:
+        ProtocolError: a body that is neither empty nor an index request.
+    """
+    request = _read(body, _INDEX_REQUEST)
+    return request is not None and request.ready
+
+
+def check_change(body: Buffer) -> None:
+    """Check ``POST /v2/repository/models/{name}/load`` or ``/unload``, which say all they may in their path.
+
+    A bundle is what it is: a configuration or files sent with the request are refused, not passed over.
+
+    Raises:
+        ProtocolError: a body that is neither empty nor such a request, or a parameter that is not supported.
+    """
+    request = _read(body, _CHANGE_REQUEST)
+    for name, value in ((request.parameters if request is not None else None) or {}).items():
+        if name == "unload_dependents" or value is None:
+            continue  # no model depends on another here
+        raise ProtocolError(f"the parameter {quote(name)} of the model repository is not supported.")
+
+
+def repository_index(entries: Sequence[IndexEntry], only_ready: bool = False) -> bytes:
+    """The body of the answer to ``POST /v2/repository/index``.
+
+    Args:
+        entries: all models.
+        only_ready: as :func:`parse_index` found.
+    """
+    return _ENCODER.encode([entry for entry in entries if entry.state == "READY" or not only_ready])
+
+
+def _read(body: Buffer, decoder: msgspec.json.Decoder[Any]) -> Any:
+    if not len(body):
+        return None
+    try:
+        return decoder.decode(body)
+    except RecursionError:
+        raise ProtocolError("the JSON is nested too deep.") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"the request cannot be read: {error}.") from None
