@@ -31,7 +31,7 @@ def _sentence(tuning: Tuning) -> str:
     if knee is None:
         return ""
     text = (
-        f"Up to batch {knee.batch}{_on_lanes(knee.lanes)} a doubling of the batch gains 10 % or more: "
+        f"From batch {knee.batch}{_on_lanes(knee.lanes)} on, no doubling of the batch gains 10 %: "
         f"{fmt.count(knee.rows_per_s)} rows/s there, {fmt.duration_ms(knee.p50_ms)} a batch (p99 "
         f"{fmt.duration_ms(knee.p99_ms)}). This is what an engine starts with unless a limit is named."
     )

@@ -49,7 +49,7 @@ def test_the_page_has_the_section():
     page = Page(render(sample(), "resnet.onecard", FOUND))
     shown = "".join(page.text).replace("\xa0", " ")
     assert "Tuning" in page.text
-    assert "Up to batch 64 on 2 lanes a doubling of the batch gains 10 % or more: 27,400 rows/s there" in shown
+    assert "From batch 64 on 2 lanes on, no doubling of the batch gains 10 %: 27,400 rows/s there" in shown
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert [a for a in page.attributes if a[1] == "style" or a[1].startswith("on")] == []
