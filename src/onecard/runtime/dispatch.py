@@ -235,11 +235,17 @@ class Dispatch:
                     batch = self._batcher.next(now, self._busy_s(lane, now))
                 if batch is not None:
                     self._begin(lane, batch, now)
-                done = self._closing and not self._batcher.queued_items
+                done = (
+                    self._closing and not self._batcher.queued_items and (self._is_idle() or self._broken is not None)
+                )
                 if batch is not None or late or done:
                     return batch, late, done
                 wake_at = max(self._batcher.wake_at(now), hold_until) if self._batcher.queued_items else math.inf
                 self._wake.wait(None if wake_at == math.inf else max(0.0, wake_at - now))
+
+    def _is_idle(self) -> bool:
+        """Whether no lane has anything that could still come back to be run again."""
+        return not any(lane.under_way or lane.retries for lane in self._lanes)
 
     def _hold(self, lane: _LaneState, now: float) -> float:
         """Until when a batch that is not full would only wait on the device, and had better grow here."""
@@ -271,7 +277,9 @@ class Dispatch:
 def fail(work: Work, error: BaseException) -> None:
     """Answer a request with an error, unless it is answered already."""
     work.gone = True
-    request: Request = work.request
+    request: Request | None = work.request
+    if request is None:  # cancelled a moment ago, and forgotten
+        return
     answer = request.answer
     answer.on_cancel = None  # or future and request would hold each other, and the inputs, till a garbage collection
     if not answer.done() and (answer.running() or answer.set_running_or_notify_cancel()):

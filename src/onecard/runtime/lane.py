@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
+from onecard.errors import EngineError
 from onecard.models.wording import first_line
 from onecard.runtime.deliver import Delivery
 from onecard.runtime.dispatch import Dispatch, fail
@@ -24,6 +26,7 @@ from onecard.runtime.stats import BatchStats
 from onecard.runtime.work import Batch, Slice
 
 OnBatch = Callable[[BatchStats], None]
+_LOGGER = logging.getLogger(__name__)
 
 
 class Lane:
@@ -74,7 +77,8 @@ class Lane:
 
     def _launch_all(self) -> None:
         while (batch := self._dispatch.take(self._number, self._room)) is not None:
-            self._launch(batch)
+            with self._surviving(batch):
+                self._launch(batch)
             del batch  # the callers' arrays must not live on while this thread waits
         self._flights.put(None)
 
@@ -94,8 +98,22 @@ class Lane:
 
     def _finish_all(self) -> None:
         while (underway := self._flights.get()) is not None:
-            self._finish(underway)
+            with self._surviving(underway.batch):
+                self._finish(underway)
             del underway
+
+    @contextlib.contextmanager
+    def _surviving(self, batch: Batch) -> Iterator[None]:
+        """A fault of the engine's own fails this batch and all that waits; else its callers would wait for ever."""
+        try:
+            yield
+        except Exception as error:
+            _LOGGER.exception("lane %d failed", self._number)
+            mistake = EngineError(f"the engine itself failed: {first_line(error)}.", "Open it again.")
+            for piece in batch.slices:
+                fail(piece.work, mistake)
+            self._dispatch.break_off(mistake)
+            self._leave()
 
     def _finish(self, underway: _Underway) -> None:
         batch, flight, began, queue_s = underway
@@ -120,7 +138,6 @@ class Lane:
     def _failed(self, batch: Batch, error: Exception, began: float, queue_s: tuple[float, ...]) -> None:
         """A batch that has no answers: smaller if memory was short, one by one if one of several may be to blame."""
         short = is_out_of_memory(error)
-        self._dispatch.stopped(self._number)
         if short and self._dispatch.shrink(batch.size):
             _give_memory_back(self.served.device)
             self._dispatch.put_back(batch)
@@ -133,6 +150,7 @@ class Lane:
                 fail(piece.work, too_large(batch.size, error) if short else explained(error))
                 if piece.rows == piece.work.rows:  # the error's traceback holds this batch, and the request the error
                     piece.work.request = None
+        self._dispatch.stopped(self._number)  # only now: an engine that closes waits for what is to be run again
         self._leave()
         self._tell(batch, began, queue_s, StageTimings(), "out of memory" if short else first_line(error))
 

@@ -25,12 +25,16 @@ from onecard.errors import (
     SpecError,
     UsageError,
 )
+from onecard.runtime.dispatch import fail
 from onecard.runtime.engine import Engine, EngineOptions
 from onecard.runtime.ingest import Cast
+from onecard.runtime.lane import Lane
 from onecard.runtime.limits import BatchPolicy
 from onecard.runtime.null import NullModel
+from onecard.runtime.staging import CpuStage
+from onecard.runtime.work import Work
 from onecard.spec import TensorSpec, parse_spec
-from tests.unit.runtime.null_specs import ALONE, TOKENS, engine_of, policy, rows_of, twice_and_one
+from tests.unit.runtime.null_specs import ALONE, ROWS, TOKENS, engine_of, policy, rows_of, twice_and_one
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "bundle-v1"
 
@@ -420,6 +424,67 @@ def test_closing_at_once_fails_what_waits():
     for answer in answers:
         with pytest.raises(EngineClosedError, match="before it could answer"):
             answer.result(0)
+
+
+class LateStage(CpuStage):
+    """Its answers are waited for on another thread, and the first is a failure."""
+
+    synchronous = False
+    depth = 2
+
+    def __init__(self, model, options):
+        super().__init__(model, [{"B": 64}])
+        self.armed = False
+        self.go = threading.Event()
+        self.asked = threading.Event()
+
+    def launch(self, sources, rows, size):
+        flight = super().launch(sources, rows, size)
+        if self.armed:
+            self.armed = False
+            flight.wait = self._fail
+        return flight
+
+    def _fail(self):
+        self.asked.set()
+        assert self.go.wait(30)
+        raise ValueError("found out late")
+
+
+def test_an_engine_that_closes_waits_for_what_must_be_run_again():
+    stages = []
+
+    def make_stage(model, options):
+        stages.append(LateStage(model, options))
+        return stages[0]
+
+    engine = Engine([NullModel(ROWS, compute=twice_and_one)], policy(max_rows=64, max_delay_s=0.2), None, make_stage)
+    stages[0].armed = True
+    answers = [engine.submit({"x": rows_of(tag, 2)}) for tag in range(3)]  # share the batch that fails
+    assert stages[0].asked.wait(30)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    time.sleep(0.1)  # the launching thread finds an empty queue and a closing engine
+    stages[0].go.set()
+    closing.join(30)
+    for tag, answer in enumerate(answers):
+        np.testing.assert_array_equal(answer.result(0)["y"], rows_of(tag, 2) * 2 + 1)
+
+
+def test_a_request_that_was_cancelled_while_its_deadline_passed_is_left_alone():
+    work = Work(1, request=None)
+    fail(work, DeadlineError("late"))
+    assert work.gone
+
+
+def test_a_fault_of_the_engines_own_fails_its_callers_instead_of_hanging(monkeypatch, caplog):
+    with engine_of() as engine:
+        monkeypatch.setattr(Lane, "_launch", lambda self, batch: 1 / 0)
+        for tag in range(3):
+            with pytest.raises(EngineError, match="the engine itself failed"):
+                engine.submit({"x": rows_of(tag, 1)}).result(30)
+        assert not engine.healthy
+    assert "failed" in caplog.text
 
 
 def test_priorities_and_fairness_reach_the_card_in_order():
