@@ -1,13 +1,39 @@
-"""What is left to say of the candidates once the play-off is over."""
+"""What is to say of the candidates once they are measured, and once the play-off is over."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
+from onecard.errors import SearchError
 from onecard.evidence import Candidate, Evidence, Verdict
 from onecard.measure.card import is_throttled
 from onecard.recipe import ORIGINAL
 from onecard.search.job import PlayoffResult
+
+
+def check_original(done: Mapping[str, Candidate]) -> list[str]:
+    """See whether there is something to compare with.
+
+    Args:
+        done: the candidates by name, the original among them.
+
+    Returns:
+        Notes for the report.
+
+    Raises:
+        SearchError: the original does not run, and not only because it is too large for the device.
+    """
+    original = done[ORIGINAL.id]
+    if original.verdict.reason == "out_of_memory" and any(c.verdict.ok for c in done.values()):
+        return ["the original does not fit in the device's memory: variants are compared with its answers alone"]
+    if not original.verdict.ok:
+        raise SearchError(
+            f"the original itself does not run here: {original.verdict.detail}",
+            original.verdict.cure or f"The log is {original.log}.",
+        )
+    return []
 
 
 def throttled_notes(playoff: PlayoffResult) -> list[str]:

@@ -33,7 +33,7 @@ from onecard.search.job import (
 )
 from onecard.search.material import Material
 from onecard.search.options import Observer, Options, Progress
-from onecard.search.outcome import settled, throttled_notes
+from onecard.search.outcome import check_original, settled, throttled_notes
 from onecard.search.processes import Running, Supervisor, Task, tail, verdict_of_exit
 from onecard.search.recipes import select_recipes, traits_of
 from onecard.spec import default_buckets
@@ -109,16 +109,7 @@ class Search:
                     "stopped before anything was ready; nothing was written.", "Run the same command to go on."
                 ) from None
             notes = self._notes()
-        original = self.done[ORIGINAL.id]
-        if original.verdict.reason == "out_of_memory" and any(c.verdict.ok for c in self.done.values()):
-            notes.append(
-                "the original does not fit in the device's memory: variants are compared with its answers alone"
-            )
-        elif not original.verdict.ok:
-            raise SearchError(
-                f"the original itself does not run here: {original.verdict.detail}",
-                original.verdict.cure or f"The log is {original.log}.",
-            )
+        notes += check_original(self.done)
         for recipe in self.recipes:
             if recipe.id not in self.done and not self._known(recipe):
                 self._skip(recipe)
