@@ -32,7 +32,7 @@ from onecard.server.oip_metadata import (
     server_ready,
 )
 from onecard.server.oip_repository import parse_index, repository_index
-from onecard.server.oip_request import engine_inputs, parse_infer
+from onecard.server.oip_request import binary_lead, engine_inputs, parse_infer
 from onecard.server.oip_response import encode_infer
 
 EXTENSIONS = (*CODEC_EXTENSIONS, "model_configuration", "statistics")
@@ -192,7 +192,7 @@ class BodyMemory:
         json_length = int(value) if value.isdigit() and len(value) <= _LENGTH_DIGITS else 0
         memory = np.empty(length + 2 * _ALIGNMENT_BYTES, np.uint8)
         weakref.finalize(memory, self._release, length)
-        start = -(memory.ctypes.data + json_length) % _ALIGNMENT_BYTES
+        start = -memory.ctypes.data % _ALIGNMENT_BYTES + binary_lead(json_length, _ALIGNMENT_BYTES)
         return memory.data[start : start + length]
 
     def _release(self, length: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from onecard.errors import EngineError, OnecardError
+from onecard.errors import EngineError
 from onecard.server.oip_classify import classify, length_prefixed
 from onecard.server.oip_contract import InferContract
 from onecard.server.oip_types import (
@@ -81,15 +81,6 @@ def encode_infer(
     total = len(text) + sum(len(buffer) for buffer in writer.data)
     body: list[Buffer] = [b"".join((text, *writer.data))] if total <= _JOINED_BYTES else [text, *writer.data]
     return InferResponse(body, len(text))
-
-
-def error_body(error: OnecardError | str) -> bytes:
-    """The body of an answer that is an error ("Inference Response JSON Error Object").
-
-    Args:
-        error: an error meant for users, whose HTTP status is ``error.http_status``; or its text.
-    """
-    return _ENCODER.encode({"error": str(error)})
 
 
 class _Writer:

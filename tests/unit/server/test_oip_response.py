@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from onecard.errors import DeadlineError, EngineError
+from onecard.errors import EngineError
 from onecard.server.oip_classify import classify, length_prefixed
-from onecard.server.oip_response import encode_infer, error_body
+from onecard.server.oip_response import encode_infer
 from onecard.server.oip_types import DATATYPES, InferRequest, ProtocolError, Region, RequestedOutput
 from tests.unit.server.oip_bodies import contract, one
 
@@ -129,8 +129,3 @@ def test_classes_without_a_batch_are_one_row():
 
 def test_strings_are_counted_in_bytes():
     assert length_prefixed(["é", ""]) == b"\x02\x00\x00\x00\xc3\xa9\x00\x00\x00\x00"
-
-
-def test_errors():
-    assert json.loads(error_body("no")) == {"error": "no"}
-    assert json.loads(error_body(DeadlineError("too late.", "Wait longer."))) == {"error": "too late. Wait longer."}
