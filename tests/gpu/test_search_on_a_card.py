@@ -46,6 +46,33 @@ def test_a_bundle_from_a_card_answers_like_the_original(cache: Path, model_file:
     bundle.close()
 
 
+WIDE = """
+from torch import nn
+
+
+def wide():
+    return nn.Conv2d(3, 64, 1)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_the_peak_is_the_variants_own(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "wide.py").write_text(WIDE)
+    onecard.optimize(
+        f"{tmp_path / 'wide.py'}:wide",
+        inputs="image: float32[B,3,256,256], B=1..32",
+        output=tmp_path / "wide.onecard",
+        device="cuda:0",
+        recipes=("eager+channels_last",),
+        effort=EffortSpec(0.1, 0.1, 0.1, 2),
+    ).close()
+    from onecard.bundle.evidence_file import read_evidence
+
+    original = next(c for c in read_evidence(tmp_path / "wide.onecard").candidates if c.id == "eager")
+    given, answered = 32 * 3 * 256 * 256 * 4, 32 * 64 * 256 * 256 * 4
+    assert given + answered <= original.measurement.peak_device_bytes <= 1.3 * (given + answered)
+
+
 @pytest.mark.timeout(300)
 def test_a_bundle_from_a_card_falls_back_to_the_original_on_a_cpu(
     cache: Path, model_file: Path, tmp_path: Path

@@ -55,6 +55,7 @@ class Stopwatch:
         device: ``cpu`` or ``cuda:N``.
         bucket: what the inputs' sizes are.
         rows: rows of the batch that one call answers.
+        first_call_ms: of the very first call, which was timed before.
     """
 
     run: Run
@@ -67,10 +68,6 @@ class Stopwatch:
     device_ms: list[float] = field(default_factory=list)
     first_call_ms: float = 0.0
     _next: int = 0
-
-    def first_call(self) -> None:
-        """Time the very first call, which may still compile, allocate or tune."""
-        self.first_call_ms = self._once()
 
     def warm_up(self, effort: Effort) -> None:
         """Call until two windows of calls take the same time, or the warm-up's time is over."""

@@ -33,7 +33,7 @@ from onecard.evidence import Compression, Measurement, Metric, Timing, Verdict
 from onecard.inputs import make_inputs
 from onecard.measure.card import CardSampler, is_throttled
 from onecard.measure.memory import MemoryWatch
-from onecard.measure.timer import Effort, Stopwatch, measure, no_garbage_collection, rotation
+from onecard.measure.timer import Effort, Stopwatch, measure, no_garbage_collection, rotation, synchronise
 from onecard.models.flat import by_name
 from onecard.models.source import load_source, read_source
 from onecard.recipe import ORIGINAL, Recipe
@@ -193,10 +193,8 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
     started = time.perf_counter()
     run = load_variant(place.variant, recipe, _site(folder, job))
     load_s = time.perf_counter() - started
-    watches = [_stopwatch(run, job, bucket, inputs) for bucket in _timed(job)]
-    for watch in watches:
-        _stage(place, f"first call at {watch.bucket}")
-        watch.first_call()
+    first_ms = _first_calls(run, job, inputs, lambda bucket: _stage(place, f"first call at {bucket}"))
+    peaks = memory.peak_device_bytes(), memory.peak_process_bytes()  # before the gate and the timing hold tensors too
     gate = Gate(
         job.spec,
         read_reference(folder.reference),
@@ -215,14 +213,12 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
     timings: list[Timing] = []
     notes: list[str] = []
     effort = _effort(job) if verdict.ok else _GLANCE
-    for watch in watches:
-        _stage(place, f"timing {watch.bucket}")
-        timing, wide = measure(watch, effort, card)
+    for bucket, first in zip(_timed(job), first_ms, strict=True):
+        _stage(place, f"timing {bucket}")
+        timing, wide = measure(_stopwatch(run, job, bucket, inputs, first), effort, card)
         timings.append(timing)
         notes += wide if verdict.ok else []
-    measurement = Measurement(
-        tuple(timings), 0.0, load_s, memory.peak_device_bytes(), memory.peak_process_bytes(), _size(place, folder)
-    )
+    measurement = Measurement(tuple(timings), 0.0, load_s, *peaks, _size(place, folder))
     run.close()
     return RunResult(verdict, measurement, tuple(gate.errors.values()), metric, tuple(notes))
 
@@ -263,15 +259,36 @@ def play_off(folder: JobFolder, recipes: list[Recipe]) -> None:
     write(folder.playoff, PlayoffResult({name: tuple(t) for name, t in timings.items()}, absent))
 
 
-def _stopwatch(run: Run, job: Job, bucket: Bucket, data: dict[str, Tensor] | None) -> Stopwatch:
+def _first_calls(run: Run, job: Job, data: dict[str, Tensor] | None, tell: Callable[[Bucket], None]) -> list[float]:
+    """Milliseconds of each size's very first call, which may still compile, allocate or tune.
+
+    One call's tensors at a time are held, so that the peak of memory is the variant's own.
+    """
+    found = []
+    for bucket in _timed(job):
+        tell(bucket)
+        inputs = _inputs(job, bucket, 0, data)
+        synchronise(job.device)
+        start = time.perf_counter_ns()
+        outputs = run(inputs)
+        synchronise(job.device)
+        found.append((time.perf_counter_ns() - start) / 1e6)
+        del inputs, outputs
+    return found
+
+
+def _stopwatch(
+    run: Run, job: Job, bucket: Bucket, data: dict[str, Tensor] | None, first_call_ms: float = 0.0
+) -> Stopwatch:
     batch = job.spec.batch_symbol
     rows = bucket[batch] if batch else 1
+    inputs = rotation(lambda index: _inputs(job, bucket, index, data))
+    return Stopwatch(run, inputs, job.device, bucket, rows, first_call_ms=first_call_ms)
 
-    def make(index: int) -> dict[str, Tensor]:
-        made = make_inputs(job.spec, bucket, seed=100 + index, data=data)
-        return to_device(made, job.device)
 
-    return Stopwatch(run, rotation(make), job.device, bucket, rows)
+def _inputs(job: Job, bucket: Bucket, index: int, data: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Set number so and so of the inputs that are timed, on the device."""
+    return to_device(make_inputs(job.spec, bucket, seed=100 + index, data=data), job.device)
 
 
 def _timed(job: Job) -> tuple[Bucket, ...]:
