@@ -78,7 +78,7 @@ def landed(flight: Flight, expected: dict[str, Tensor]) -> bool:
 
 
 def wide_rows(value: float) -> list[Source]:
-    return [Source({"x": torch.full((20, 65536), value)}, 0, 20)]
+    return [Source({"x": torch.full((20, 65536), float(value))}, 0, 20)]
 
 
 def wide_answer(value: float) -> dict[str, Tensor]:
@@ -185,7 +185,8 @@ SHAPES = [(2, 5, 7), (1, 1, 1), (2, 31, 67), (0, 4, 4), (64, 224, 224)]
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels", "layout", "dtype"), itertools.product(SHAPES, (1, 3, 4), ("NHWC", "NCHW"), kernel.FLOATS)
+    ("shape", "channels", "layout", "dtype"),
+    list(itertools.product(SHAPES, (1, 3, 4), ("NHWC", "NCHW"), kernel.FLOATS)),
 )
 def test_the_kernel_gives_the_reference_to_the_bit(
     shape: tuple[int, int, int], channels: int, layout: str, dtype: torch.dtype

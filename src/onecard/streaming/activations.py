@@ -20,7 +20,8 @@ def peak_activation_bytes(
 ) -> int:
     """The most bytes that inputs, activations and outputs take at once, each symbol at its largest.
 
-    What enters a part is held until that part ends, since its arguments are. Kernels' workspace is not counted.
+    What enters a part is held until that part ends, since its arguments are. Answers count twice: a caller as a rule
+    still holds the last call's while the next one runs. Kernels' workspace is not counted.
 
     Args:
         graph: with fake tensors in ``meta["val"]``.
@@ -53,7 +54,8 @@ def peak_activation_bytes(
     for change in changes:
         live += change
         peak = max(peak, live)
-    return peak
+    answers = {root[source] for node in graph.nodes if node.op == "output" for source in node.all_input_nodes}
+    return peak + sum(_bytes(node.meta.get("val"), ranges) for node in answers - weights)
 
 
 def written_weights(graph: fx.Graph, weights: frozenset[fx.Node]) -> list[str]:

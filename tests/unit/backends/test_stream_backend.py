@@ -73,7 +73,7 @@ def test_the_split_is_told_beside_it(model, tmp_path):
     assert note["parts"][0] | {"bytes": 0} == {"name": "part-000", "first": "head", "last": "head", "bytes": 0}
 
 
-@pytest.mark.parametrize("memory", [10_000_000, 115_000, 80_000])
+@pytest.mark.parametrize("memory", [10_000_000, 140_000, 104_000])
 def test_another_limit_may_be_set_when_it_is_loaded(memory, model, tmp_path):
     folder, _, expected = make(model, tmp_path)
     runner = BACKEND.load(folder, target(model, tmp_path, memory=memory))

@@ -119,6 +119,11 @@ def test_activations_are_counted_at_the_largest_size(part_bytes):
     assert rows * 2000 <= cut.activation_bytes <= rows * 2000 + 2 * rows * 4
 
 
+def test_answers_that_the_caller_still_holds_are_counted():
+    cut = split(nn.Linear(4, 1000, bias=False), "x: float32[B,4], B=1..50", 1)
+    assert cut.activation_bytes == 2 * 50 * 1000 * 4 + 50 * 4 * 4
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
