@@ -135,6 +135,7 @@ def test_stopping_closes_everything(when):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_garbage_collector_is_left_as_it_was(frozen):
+    gc.unfreeze()  # whatever came before
     if frozen:
         gc.freeze()
     try:
