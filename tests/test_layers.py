@@ -58,8 +58,9 @@ ALLOWED: dict[str, set[str]] = {
     "cli_prune": {*_BASE, "cli_training", "models", "training", "verify"},
     "api_tuning": {*_BASE, "bundle", "report", "runtime"},
     "cli_runtime": {*_BASE, "api_tuning", "report", "runtime"},
-    "server": {*_BASE, "runtime"},
-    "cli_serve": {*_BASE, "runtime", "server"},
+    "ipc": _BASE,
+    "server": {*_BASE, "ipc", "runtime"},
+    "cli_serve": {*_BASE, "ipc", "server"},
     "cli_memory": {*_BASE, "memory", "report"},
     "cli": {
         *_BASE,

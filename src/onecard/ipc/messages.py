@@ -1,0 +1,308 @@
+"""What a front and the engine say to each other, one message a packet, over a Unix socket that both hold open.
+
+Tensors travel in shared memory. Each front makes two segments of it and hands both over when it connects: it writes
+requests into the first and alone decides what is free there; the engine does the same with answers in the second. The
+end of the socket is the end of the connection, whoever died: a new connection has new segments for answers, so nothing
+that an old engine wrote late can be taken for an answer.
+
+A request's first word in the request segment, its *mark*, is 0 until the engine puts its first row into a batch, and 1
+from then on. After an engine's death the front reads there which requests may have killed it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import msgspec
+
+from onecard.spec import Spec
+
+VERSION = 1
+"""Of these messages; both sides are of one installation, so another one is refused."""
+
+WAITING, RUNNING = 0, 1
+"""The two values of a mark (one unsigned 32-bit word, little-endian)."""
+
+MARK_BYTES = 64
+"""Before a request's first tensor: the mark, and what aligns the tensor behind it."""
+
+INLINE_BYTES = 16 << 10
+"""Answers up to so many bytes in all travel in the message itself."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
+    """Base of all messages."""
+
+
+class Tensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An array in a segment, or in the message.
+
+    Args:
+        name: of the input or output.
+        dtype: NumPy's name; ``bfloat16`` for an int16 carrier.
+        shape: of the array, contiguous.
+        offset: in the segment, in bytes, aligned to 64; -1 if ``data`` holds it.
+        data: the bytes, if they are few.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = -1
+    data: bytes = b""
+
+
+class ModelOptions(msgspec.Struct, frozen=True):
+    """How the engine opens a model: what the command line said, over what ``onecard tune`` wrote into the bundle.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda:0`` ...
+        p99_ms: take the setting that was tuned for this limit.
+        policy: fields of :class:`onecard.runtime.limits.BatchPolicy` to replace.
+        timeout_s: deadline of requests that name none.
+        ingest: inputs that may also come as bytes, as ``onecard tune --ingest`` writes them.
+        device_memory: most bytes of the device's memory for this model.
+    """
+
+    device: str = "auto"
+    p99_ms: float | None = None
+    policy: dict[str, Any] = {}
+    timeout_s: float | None = None
+    ingest: tuple[str, ...] = ()
+    device_memory: int | None = None
+
+
+class ModelState(msgspec.Struct, frozen=True):
+    """One model as the engine has it.
+
+    Args:
+        name: in the URL.
+        version: 1, and one more after each reload.
+        state: READY, LOADING, UNLOADING or UNAVAILABLE.
+        reason: for the state.
+        path: of the bundle that serves; empty if none does.
+        spec: of its inputs and outputs; None if none serves.
+        device: where it runs.
+    """
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+    path: str = ""
+    spec: Spec | None = None
+    device: str = ""
+
+
+# From a front to the engine
+
+
+class Hello(Message, frozen=True):
+    """The first message; with it come the two segments' descriptors, requests first.
+
+    Args:
+        version: of the messages.
+        pid: of the front.
+        request_bytes: size of the segment of requests.
+        answer_bytes: size of the segment of answers.
+    """
+
+    version: int
+    pid: int
+    request_bytes: int
+    answer_bytes: int
+
+
+class Infer(Message, frozen=True):
+    """A request.
+
+    Args:
+        id: of this front's own counting; never used twice, also not over a new connection.
+        model: its name.
+        mark: where the request's mark lies in the segment of requests.
+        inputs: all with offsets; they do not change before the answer.
+        deadline: in seconds of ``time.monotonic``, a clock that all processes of a machine share; None for the model's
+            default.
+        priority: 0 goes first.
+        client: whose request it is, for fairness.
+        alone: it may have killed an engine: run it when nothing else runs.
+    """
+
+    id: int
+    model: str
+    mark: int
+    inputs: tuple[Tensor, ...]
+    deadline: float | None = None
+    priority: int = 0
+    client: str = ""
+    alone: bool = False
+
+
+class Cancel(Message, frozen=True):
+    """Nobody waits for this request any more. It is still ended by an :class:`Answered` or a :class:`Refused`."""
+
+    id: int
+
+
+class Sent(Message, frozen=True):
+    """These parts of the segment of answers are free again."""
+
+    offsets: tuple[int, ...]
+
+
+class Load(Message, frozen=True):
+    """Open a bundle beside what serves under this name, prove and warm it, then let it serve; answered by a `Done`.
+
+    Args:
+        call: to find the answer by.
+        name: of the model.
+        path: of the bundle.
+        options: how to open it.
+        version: to give to it; empty for one more than the last.
+    """
+
+    call: int
+    name: str
+    path: str
+    options: ModelOptions
+    version: str = ""
+
+
+class Unload(Message, frozen=True):
+    """Take no more requests for a model, answer those that wait, release it; answered by :class:`Done`.
+
+    Args:
+        call: to find the answer by.
+        name: of the model.
+        drain_s: how long what waits may take.
+    """
+
+    call: int
+    name: str
+    drain_s: float = 30.0
+
+
+class Ask(Message, frozen=True):
+    """What the engine counts and holds; answered by :class:`Told`."""
+
+    call: int
+
+
+class Ping(Message, frozen=True):
+    """Answered by :class:`Pong`."""
+
+    call: int
+
+
+class Quit(Message, frozen=True):
+    """End, once what waits is answered or the time is over."""
+
+    drain_s: float = 30.0
+
+
+# From the engine to a front
+
+
+class Welcome(Message, frozen=True):
+    """The answer to :class:`Hello`. :class:`Models` follows."""
+
+    version: int
+    pid: int
+
+
+class Models(Message, frozen=True):
+    """All models, whenever one of them changed; sent to every front."""
+
+    models: tuple[ModelState, ...]
+
+
+class Answered(Message, frozen=True):
+    """A request's answer.
+
+    Args:
+        id: of the request.
+        outputs: in the message, or in the segment of answers until the front says :class:`Sent`.
+        queue_s: how long it waited.
+        total_s: from when the engine had it to its answer.
+        rows: of the batch that it was answered with.
+        version: of the model that answered.
+    """
+
+    id: int
+    outputs: tuple[Tensor, ...]
+    queue_s: float
+    total_s: float
+    rows: int
+    version: str = ""
+
+
+class Refused(Message, frozen=True):
+    """A request without an answer, or a call that failed.
+
+    Args:
+        id: of the request.
+        kind: name of the class in :mod:`onecard.errors`.
+        message: of the error.
+        cure: likewise.
+        retry_after_s: where it is worth trying again later.
+    """
+
+    id: int
+    kind: str
+    message: str
+    cure: str = ""
+    retry_after_s: float = 0.0
+
+
+class Done(Message, frozen=True):
+    """A call was carried out, or failed.
+
+    Args:
+        call: which.
+        kind: empty, or the error's class in :mod:`onecard.errors`.
+        message: of the error.
+        cure: likewise.
+    """
+
+    call: int
+    kind: str = ""
+    message: str = ""
+    cure: str = ""
+
+
+class Told(Message, frozen=True):
+    """What was asked for.
+
+    Args:
+        call: which.
+        statistics: of the protocol's statistics extension: its JSON for all models.
+        memory: of each model: ``onecard.runtime.usage.MemoryUse`` as a dict.
+        queued: requests that wait, of all models.
+    """
+
+    call: int
+    statistics: bytes
+    memory: dict[str, dict[str, float]]
+    queued: int
+
+
+class Pong(Message, frozen=True):
+    """It lives.
+
+    Args:
+        call: which.
+        running_s: for how long the oldest batch that is under way has been; 0 if none is.
+        loading: whether a model is being opened, which may keep the engine from answering for seconds.
+    """
+
+    call: int
+    running_s: float = 0.0
+    loading: bool = False
+
+
+ToEngine: TypeAlias = Hello | Infer | Cancel | Sent | Load | Unload | Ask | Ping | Quit
+ToFront: TypeAlias = Welcome | Models | Answered | Refused | Done | Told | Pong
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
