@@ -139,11 +139,23 @@ def test_registered_memory_is_read_in_place() -> None:
         shared.unlink()
 
 
+def test_memory_that_two_stages_registered_stays_so_until_both_are_done_with_it() -> None:
+    array = np.full((32, 65536), 3, np.float32)
+    first, second = CudaStage(Wide(), [{"B": 32}]), CudaStage(Wide(), [{"B": 32}])
+    assert first.register(array) and second.register(array) and second.register(array)
+    first.close()
+    assert torch.from_numpy(array).is_pinned()
+    assert landed(second.launch([Source({"x": array}, 0, 20)], 20, {"B": 32}), wide_answer(3))
+    second.unregister(array)
+    assert not torch.from_numpy(array).is_pinned()
+    second.close()
+
+
 def test_memory_that_cannot_be_registered_is_collected_and_breaks_nothing() -> None:
     array = np.full((32, 65536), 3, np.float32)
     stage = CudaStage(Wide(), [{"B": 32}])
     assert stage.register(array)
-    assert not CudaStage(Wide(), [{"B": 32}]).register(array)  # the driver refuses a second time
+    assert not CudaStage(Wide(), [{"B": 32}]).register(array[1:])  # the driver refuses what overlaps
     assert landed(stage.launch([Source({"x": array}, 0, 20)], 20, {"B": 32}), wide_answer(3))
     stage.close()
 

@@ -7,6 +7,8 @@ and as strangely as its events allow.
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +71,46 @@ class Card(Protocol):
     def unregister(self, tensor: Tensor) -> None: ...
 
 
+class Holders:
+    """Who shares memory that CUDA registers once for the whole process: the first registers it, the last ends that.
+
+    A stage that closes must not take the memory from under the copies of another.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[int, int], int] = {}
+
+    def join(self, place: tuple[int, int], register: Callable[[], bool]) -> bool:
+        """Hold memory, registering it if nobody does yet.
+
+        Args:
+            place: its address and bytes.
+            register: called if nobody holds it; False if it failed.
+
+        Returns:
+            Whether it is registered.
+        """
+        with self._lock:
+            count = self._counts.get(place, 0)
+            if not count and not register():
+                return False
+            self._counts[place] = count + 1
+            return True
+
+    def leave(self, place: tuple[int, int], unregister: Callable[[], None]) -> None:
+        """Hold it no longer; ``unregister`` is called if nobody does any more."""
+        with self._lock:
+            count = self._counts.pop(place, 0)
+            if count > 1:
+                self._counts[place] = count - 1
+            elif count:
+                unregister()
+
+
+_holders = Holders()
+
+
 class CudaCard:
     """An NVIDIA GPU through ``torch.cuda``.
 
@@ -103,16 +145,23 @@ class CudaCard:
 
     def register(self, tensor: Tensor, *, read_only: bool) -> bool:
         flags = _REGISTER_PORTABLE | (_REGISTER_READ_ONLY if read_only else 0)
-        with torch.cuda.device(self._device):
-            failed = int(_cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, flags)) != 0
-            if failed:
-                self._forget_error()
-        return not failed
+
+        def register() -> bool:
+            with torch.cuda.device(self._device):
+                failed = int(_cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, flags)) != 0
+                if failed:
+                    self._forget_error()
+            return not failed
+
+        return _holders.join((tensor.data_ptr(), tensor.nbytes), register)
 
     def unregister(self, tensor: Tensor) -> None:
-        with torch.cuda.device(self._device):
-            if int(_cudart().cudaHostUnregister(tensor.data_ptr())) != 0:
-                self._forget_error()
+        def unregister() -> None:
+            with torch.cuda.device(self._device):
+                if int(_cudart().cudaHostUnregister(tensor.data_ptr())) != 0:
+                    self._forget_error()
+
+        _holders.leave((tensor.data_ptr(), tensor.nbytes), unregister)
 
     def _forget_error(self) -> None:
         """The runtime keeps a failed call's code, and the next kernel launch would be blamed for it."""

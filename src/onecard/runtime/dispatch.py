@@ -24,12 +24,16 @@ _WEIGHT = 0.2  # of a new copy-in time in the mean
 
 @dataclass(slots=True)
 class _LaneState:
-    """What one lane is at: batches under way, until when by prediction, and what it must run before all else."""
+    """What one lane is at: when its batches under way began, until when by prediction, what it must run before all."""
 
-    under_way: int = 0
+    began: deque[float] = field(default_factory=deque)
     busy_until: float = 0.0
     lead_s: float = _LEAD_S
     retries: deque[Batch] = field(default_factory=deque)
+
+    @property
+    def under_way(self) -> int:
+        return len(self.began)
 
 
 class Dispatch:
@@ -98,6 +102,13 @@ class Dispatch:
     def under_way(self) -> int:
         """Batches that are staged or run."""
         return sum(lane.under_way for lane in self._lanes)
+
+    @property
+    def running_s(self) -> float:
+        """For how long the oldest batch that is under way has been; 0.0 if none is."""
+        with self._wake:
+            oldest = min((lane.began[0] for lane in self._lanes if lane.began), default=None)
+        return 0.0 if oldest is None else time.monotonic() - oldest
 
     @property
     def broken(self) -> EngineError | None:
@@ -259,10 +270,10 @@ class Dispatch:
     def _begin(self, lane: _LaneState, batch: Batch, now: float) -> None:
         seconds = self._costs.seconds(self._costs.key(batch.size))
         lane.busy_until = now + self._busy_s(lane, now) + seconds
-        lane.under_way += 1
+        lane.began.append(now)
 
     def _stop(self, lane: _LaneState) -> None:
-        lane.under_way -= 1
+        lane.began.popleft()  # batches end in the order in which they began, but for one that could not be launched
         if not lane.under_way:
             lane.busy_until = 0.0
         self._wake.notify_all()

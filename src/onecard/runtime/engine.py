@@ -229,9 +229,18 @@ class Engine:
             raise
 
     def submit(
-        self, inputs: Mapping[str, Any], *, timeout_s: float | None = None, priority: int = 0, client: str = ""
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        client: str = "",
+        on_start: Callable[[], None] | None = None,
     ) -> Answer:
         """Hand a request in and go on; arguments and errors as of :meth:`infer`.
+
+        ``on_start`` is called once, on a thread of the engine, when the request's first row is in a batch and before
+        that batch is launched; keep it short.
 
         Returns:
             A future; ``cancel()`` takes the request out of the queue while it waits.
@@ -240,7 +249,9 @@ class Engine:
         arrays, rows, lengths, nbytes, numpy = self._intake.take(inputs)
         timeout_s = self.options.timeout_s if timeout_s is None else timeout_s
         answer = Answer()
-        work = Work(rows, lengths, nbytes, now, now + timeout_s, priority, client, Request(arrays, answer, numpy))
+        work = Work(
+            rows, lengths, nbytes, now, now + timeout_s, priority, client, Request(arrays, answer, numpy, on_start)
+        )
         answer.on_cancel = functools.partial(self._dispatch.cancel, work)
         try:
             self._dispatch.put(work)
@@ -267,6 +278,27 @@ class Engine:
     def queued(self) -> tuple[int, int, int]:
         """Requests, rows and bytes of inputs that wait."""
         return self._dispatch.queued
+
+    @property
+    def running_s(self) -> float:
+        """For how long the oldest batch that is under way has been; 0.0 if none is."""
+        return self._dispatch.running_s
+
+    def register(self, memory: Any) -> bool:
+        """Let inputs be copied to the device from where they lie in this array, without being collected first.
+
+        Args:
+            memory: a contiguous host array; it must not be freed before it is unregistered or the engine closed.
+
+        Returns:
+            False where that cannot be, or would be of no use; its rows are then collected like all others.
+        """
+        return not self._closed and all([lane.stage.register(memory) for lane in self._lanes])
+
+    def unregister(self, memory: Any) -> None:
+        """Forget an array that was registered; waits until nothing is copied from it any more."""
+        for lane in self._lanes:
+            lane.stage.unregister(memory)
 
     @property
     def healthy(self) -> bool:

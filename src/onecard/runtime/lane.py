@@ -199,7 +199,16 @@ def _start(piece: Slice, now: float) -> float:
         request.queue_s = now - work.arrived
         if not request.answer.set_running_or_notify_cancel():
             work.gone = True
+        elif request.on_start is not None:
+            _notify(request.on_start)
     return request.queue_s
+
+
+def _notify(on_start: Callable[[], None]) -> None:
+    try:
+        on_start()
+    except Exception:  # the caller's own trouble is not the batch's
+        _LOGGER.exception("a request's on_start failed")
 
 
 def _alone(piece: Slice, served: Served) -> Batch:

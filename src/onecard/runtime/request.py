@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,18 @@ class Request:
         parts: answers of the slices that are back, by their first row.
         back: rows that are answered.
         queue_s: how long its first row waited.
+        on_start: called once, before the batch that its first row is in is launched.
     """
 
-    __slots__ = ("answer", "back", "inputs", "numpy", "parts", "queue_s")
+    __slots__ = ("answer", "back", "inputs", "numpy", "on_start", "parts", "queue_s")
 
-    def __init__(self, inputs: dict[str, Array], answer: Answer, numpy: bool) -> None:
+    def __init__(
+        self, inputs: dict[str, Array], answer: Answer, numpy: bool, on_start: Callable[[], None] | None = None
+    ) -> None:
         self.inputs = inputs
         self.answer = answer
         self.numpy = numpy
+        self.on_start = on_start
         self.parts: dict[int, dict[str, np.ndarray[Any, Any]]] = {}
         self.back = 0
         self.queue_s = -1.0

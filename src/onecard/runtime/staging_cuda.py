@@ -104,6 +104,8 @@ class CudaStage:
         tensor = as_tensor(memory)
         if not tensor.nbytes or not tensor.is_contiguous():
             return False
+        if tensor.data_ptr() in self._registered:
+            return self._registered[tensor.data_ptr()][1].nbytes == tensor.nbytes
         read_only = not isinstance(memory, Tensor) and not memory.flags.writeable
         if not self._card.register(tensor, read_only=read_only):
             return False
