@@ -1,0 +1,88 @@
+"""A request that the engine has not answered yet: a future, and all that is needed to send it once more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from onecard.errors import OnecardError
+from onecard.ipc.messages import Infer
+from onecard.server.engine_answers import EngineAnswer
+from onecard.server.engine_memory import Placed
+
+
+class EngineRequest(asyncio.Future[EngineAnswer]):
+    """A request on its way; awaited, it is its answer.
+
+    Args:
+        loop: that it is awaited in.
+        placed: its inputs, which are kept for as long as an engine may read them.
+        on_cancel: called when nobody waits for it any more.
+
+    Attributes:
+        order: among this front's requests.
+        id: under which it was sent last.
+        model: its name.
+        deadline: in seconds of ``time.monotonic``; None for the model's default.
+        priority: 0 goes first.
+        client: whose it is.
+        alone: whether it may have killed an engine.
+        deaths: how many engines died while it was running.
+        sent: whether the engine has it.
+    """
+
+    __slots__ = ("alone", "client", "deadline", "deaths", "id", "model", "on_cancel", "order", "placed", "priority",
+                 "sent")  # fmt: skip
+
+    order: int
+    model: str
+    deadline: float | None
+    priority: int
+    client: str
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, placed: Placed, on_cancel: Callable[[EngineRequest], None]
+    ) -> None:
+        super().__init__(loop=loop)
+        self.placed: Placed | None = placed
+        self.on_cancel = on_cancel
+        self.id = -1
+        self.alone = self.sent = False
+        self.deaths = 0
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Stop waiting; the engine is told."""
+        cancelled = super().cancel(msg)
+        if cancelled:
+            self.on_cancel(self)
+        return cancelled
+
+    def let_go(self) -> None:
+        """No engine reads the inputs any more."""
+        if self.placed is not None:
+            self.placed.lease.marked = False
+            self.placed = None
+
+    def fail(self, error: OnecardError) -> None:
+        """No engine has it, or will have it; whoever waits for it gets the error."""
+        self.let_go()
+        if not self.done():
+            self.set_exception(error)
+
+    def is_late(self, now: float) -> bool:
+        """Whether the deadline has passed at a time of ``time.monotonic``."""
+        return self.deadline is not None and self.deadline <= now
+
+    def message(self) -> Infer | None:
+        """As it is sent; None if nobody waits for it."""
+        if self.placed is None or self.done():
+            return None
+        mark, tensors = self.placed.lease.offset, self.placed.tensors
+        return Infer(self.id, self.model, mark, tensors, self.deadline, self.priority, self.client, self.alone)
+
+    def describe(self) -> str:
+        """For the log: model, client and shapes, never data."""
+        tensors = self.placed.tensors if self.placed is not None else ()
+        inputs = ", ".join(f"{tensor.name}: {tensor.dtype}{list(tensor.shape)}" for tensor in tensors)
+        return f"request {self.order} of client '{self.client}' for model '{self.model}' ({inputs})"
