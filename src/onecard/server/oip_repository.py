@@ -14,6 +14,7 @@ from onecard.server.oip_types import Buffer, ProtocolError, quote
 
 State = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
 _ENCODER = msgspec.json.Encoder()
+_LONGEST_WORD = 6  # one more than "false" has
 
 
 class IndexEntry(msgspec.Struct, frozen=True):
@@ -37,7 +38,7 @@ class _IndexRequest(msgspec.Struct):
 
 
 class _ChangeRequest(msgspec.Struct):
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, msgspec.Raw] | None = None
 
 
 _INDEX_REQUEST = msgspec.json.Decoder(_IndexRequest)
@@ -57,16 +58,30 @@ def parse_index(body: Buffer) -> bool:
 def check_change(body: Buffer) -> None:
     """Check ``POST /v2/repository/models/{name}/load`` or ``/unload``, which say all they may in their path.
 
-    A bundle is what it is: a configuration or files sent with the request are refused, not passed over.
+    A bundle is what it is: a configuration or files sent with the request are refused, not passed over, and not even
+    decoded.
 
     Raises:
         ProtocolError: a body that is neither empty nor such a request, or a parameter that is not supported.
     """
     request = _read(body, _CHANGE_REQUEST)
     for name, value in ((request.parameters if request is not None else None) or {}).items():
-        if name == "unload_dependents" or value is None:
+        text = bytes(memoryview(value)[:_LONGEST_WORD])
+        if text == b"null":
+            continue
+        if name == "unload_dependents":
+            if text not in (b"true", b"false"):
+                raise ProtocolError("the parameter 'unload_dependents' is neither true nor false.")
             continue  # no model depends on another here
-        raise ProtocolError(f"the parameter {quote(name)} of the model repository is not supported.")
+        if name == "config" or name.startswith("file:"):
+            raise ProtocolError(
+                f"the parameter {quote(name)} is not taken: a model is served as its bundle says, and no request may "
+                "send a configuration or a file.",
+                "Change the bundle, then load it.",
+            )
+        raise ProtocolError(
+            f"the parameter {quote(name)} of the model repository is not known, expected 'unload_dependents'."
+        )
 
 
 def repository_index(entries: Sequence[IndexEntry], only_ready: bool = False) -> bytes:

@@ -17,6 +17,7 @@ from onecard.server.oip_types import (
     BFLOAT16,
     Array,
     Buffer,
+    DeviceInput,
     Form,
     InferRequest,
     ProtocolError,
@@ -115,10 +116,11 @@ def parse_infer(
     id = head.id or ""
     if len(id) > contract.limits.max_id_chars:
         raise ProtocolError(f"'id' has {len(id)} characters, at most {contract.limits.max_id_chars} are taken.")
-    outputs = _outputs(head.outputs, parameters.binary_data_output, contract)
+    outputs = _outputs(head.outputs, parameters.binary_data_output, contract, regions)
     reader = _Reader(whole, json_length, regions)
     inputs, dtypes = _inputs(head.inputs, contract, reader)
-    return InferRequest(id, inputs, dtypes, outputs, parameters.priority, parameters.timeout)
+    on_device = tuple(reader.on_device)
+    return InferRequest(id, inputs, dtypes, outputs, parameters.priority, parameters.timeout, on_device)
 
 
 def binary_lead(json_length: int, alignment_bytes: int = 64) -> int:
@@ -148,15 +150,21 @@ def engine_inputs(request: InferRequest) -> dict[str, Any]:
 
 
 class _Reader:
-    """Hands out the inputs' data from where each one lies, and notices bytes that belong to none."""
+    """Hands out the inputs' data from where each one lies, and notices bytes that belong to none.
+
+    Attributes:
+        on_device: inputs that were left where they lie.
+    """
 
     def __init__(self, body: memoryview, json_length: int | None, regions: RegionAccess | None) -> None:
         self._body = body
         self._next = len(body) if json_length is None else json_length
         self._has_binary = json_length is not None
         self._regions = regions
+        self.on_device: list[DeviceInput] = []
 
-    def read(self, item: _Input, form: Form, shape: Shape, elements: int) -> Array:
+    def read(self, item: _Input, form: Form, shape: Shape, elements: int) -> Array | None:
+        """An input's array; None for one on a device."""
         place = item.parameters
         region = place.region() if place is not None else None
         size = place.binary_data_size if place is not None else None
@@ -191,7 +199,7 @@ class _Reader:
         self._next += size
         return self._body[start : self._next]
 
-    def _from_region(self, region: Region, form: Form, shape: Shape, elements: int) -> Array:
+    def _from_region(self, region: Region, form: Form, shape: Shape, elements: int) -> Array | None:
         access = _access(region, self._regions, f"input '{form.tensor.name}'")
         expected = elements * form.datatype.numpy.itemsize
         if region.byte_size != expected:
@@ -199,10 +207,10 @@ class _Reader:
                 f"input '{form.tensor.name}' has a 'shared_memory_byte_size' of {region.byte_size}, "
                 f"expected {expected} ({form.datatype.name} of shape {list(shape)})."
             )
-        data = access(region)
-        if form.datatype.name == "BOOL":
-            data = memoryview(bytes(data))  # checked and then used: the client could change it in between
-        return from_bytes(data, form, shape, elements)
+        if access.locate(region) == "host":
+            return from_bytes(access.read(region), form, shape, elements)
+        self.on_device.append(DeviceInput(form.tensor.name, form.datatype.dtype, shape, region))
+        return None
 
 
 def _access(region: Region, regions: RegionAccess | None, where: str) -> RegionAccess:
@@ -243,15 +251,20 @@ def _inputs(items: list[_Input], contract: InferContract, reader: _Reader) -> tu
         dtypes[item.name] = form.datatype.dtype
         sent.append((form, tuple(item.shape)))
     counts = contract.measure(tuple(sent))
-    arrays = {
-        item.name: reader.read(item, form, shape, elements)
-        for item, (form, shape), elements in zip(items, sent, counts, strict=True)
-    }
+    arrays: dict[str, Array] = {}
+    for item, (form, shape), elements in zip(items, sent, counts, strict=True):
+        array = reader.read(item, form, shape, elements)
+        if array is None:
+            del dtypes[item.name]
+        else:
+            arrays[item.name] = array
     reader.check_all_read()
     return arrays, dtypes
 
 
-def _outputs(items: list[_Output] | None, binary: bool, contract: InferContract) -> tuple[RequestedOutput, ...]:
+def _outputs(
+    items: list[_Output] | None, binary: bool, contract: InferContract, regions: RegionAccess | None
+) -> tuple[RequestedOutput, ...]:
     if not items:
         return contract.all_outputs(binary)
     found: dict[str, RequestedOutput] = {}
@@ -266,6 +279,8 @@ def _outputs(items: list[_Output] | None, binary: bool, contract: InferContract)
             given.region(),
         )
         contract.check_output(wanted)
+        if wanted.region is not None:
+            _access(wanted.region, regions, f"output '{item.name}'").locate(wanted.region)
         found[item.name] = wanted
     return tuple(found.values())
 

@@ -7,6 +7,7 @@ classification and shared memory.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from onecard.server.oip_types import (
     Region,
     RegionAccess,
     RequestedOutput,
+    Written,
 )
 
 _JOINED_BYTES = 32 << 10  # below it a copy costs less than one more buffer to send
@@ -50,24 +52,24 @@ def encode_infer(
 
     Args:
         request: what is answered.
-        answers: the outputs by name, at least those requested: NumPy arrays or CPU tensors. bfloat16 may also come as
-            an int16 carrier, or widened to float32 as the engine gives it.
+        answers: the outputs by name, at least those requested: NumPy arrays or CPU tensors, or :class:`Written` for
+            one that is on the device already. bfloat16 may also come as an int16 carrier, or widened to float32 as the
+            engine gives it.
         contract: of the model.
         model: its name, and its version or an empty string.
-        regions: access to registered shared memory; None where the server has none.
+        regions: access to registered shared memory, to which the outputs are written that belong there; None where the
+            server has none.
 
     Returns:
         The buffers to send, and the length of the JSON where binary data follows it.
 
     Raises:
-        ProtocolError: a shared-memory place that is too small.
+        ProtocolError: a shared-memory place that is too small, or was cut off or unregistered meanwhile.
+        StorageError: no memory is left for what is written to a shared-memory place.
         EngineError: an output that is not among the answers, or of a dtype that cannot be sent.
     """
     writer = _Writer(contract, regions)
-    described = [
-        writer.describe(wanted, *_answer(answers, wanted.name, contract.outputs[wanted.name]))
-        for wanted in request.outputs
-    ]
+    described = [writer.describe(wanted, answers.get(wanted.name)) for wanted in request.outputs]
     name, version = model
     head: dict[str, Any] = {"model_name": name}
     if version:
@@ -91,13 +93,17 @@ class _Writer:
         self._contract = contract
         self._regions = regions
 
-    def describe(self, wanted: RequestedOutput, array: Array, datatype: Datatype) -> dict[str, Any]:
-        """An output's JSON object; its binary data, if any, is put behind ``data``."""
+    def describe(self, wanted: RequestedOutput, value: Any) -> dict[str, Any]:
+        """An output's JSON object; its binary data, if any, is put behind ``data`` or into its region."""
+        if isinstance(value, Written):
+            return _written(wanted, value)
+        array, datatype = _answer(value, wanted.name, self._contract.outputs[wanted.name])
         if wanted.classes:
             return self._classes(wanted, array, datatype)
         shown = {"name": wanted.name, "datatype": datatype.name, "shape": list(array.shape)}
         if wanted.region is not None:
-            return {**shown, "parameters": self._to_region(wanted.name, wanted.region, array)}
+            self._to_region(wanted.name, wanted.region, array)
+            return {**shown, "parameters": _place(wanted.region, array.nbytes)}
         if wanted.binary:
             self.data.append(_bytes(array))
             return {**shown, "parameters": {"binary_data_size": array.nbytes}}
@@ -114,20 +120,31 @@ class _Writer:
             return {**shown, "parameters": {"binary_data_size": len(self.data[-1])}}
         return {**shown, "data": texts}
 
-    def _to_region(self, name: str, region: Region, array: Array) -> dict[str, Any]:
+    def _to_region(self, name: str, region: Region, array: Array) -> None:
         if self._regions is None:
             raise ProtocolError(f"output '{name}' is to go to shared memory, which is not enabled on this server.")
         if region.byte_size < array.nbytes:
             raise ProtocolError(
                 f"output '{name}' has {array.nbytes} bytes, but its 'shared_memory_byte_size' is {region.byte_size}."
             )
-        self._regions(region)[: array.nbytes] = _bytes(array)
-        place = {"shared_memory_region": region.name, "shared_memory_byte_size": array.nbytes}
-        return {**place, "shared_memory_offset": region.offset} if region.offset else place
+        self._regions.write(region, _bytes(array))
 
 
-def _answer(answers: Mapping[str, Any], name: str, form: Form) -> tuple[Array, Datatype]:
-    value = answers.get(name)
+def _written(wanted: RequestedOutput, value: Written) -> dict[str, Any]:
+    if wanted.region is None:
+        raise EngineError(f"output '{wanted.name}' was left on the device, but is to be sent.")
+    datatype = DATATYPES[value.dtype]
+    size = math.prod(value.shape) * datatype.numpy.itemsize
+    shown = {"name": wanted.name, "datatype": datatype.name, "shape": list(value.shape)}
+    return {**shown, "parameters": _place(wanted.region, size)}
+
+
+def _place(region: Region, byte_size: int) -> dict[str, Any]:
+    place = {"shared_memory_region": region.name, "shared_memory_byte_size": byte_size}
+    return {**place, "shared_memory_offset": region.offset} if region.offset else place
+
+
+def _answer(value: Any, name: str, form: Form) -> tuple[Array, Datatype]:
     if value is None:
         raise EngineError(f"the model gave no output '{name}'.")
     expected = form.datatype

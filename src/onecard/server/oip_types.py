@@ -6,9 +6,8 @@ Triton's extensions (https://github.com/triton-inference-server/server, ``docs/p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -88,8 +87,52 @@ class Region(NamedTuple):
     offset: int = 0
 
 
-RegionAccess = Callable[[Region], memoryview]
-"""Gives the bytes of a place, exactly ``byte_size`` of them, or raises a :class:`ProtocolError`."""
+Where = Literal["host", "device"]
+"""Whose memory a place is in: the host's, or a device's, which only the engine can read and write."""
+
+
+class RegionAccess(Protocol):
+    """Registered shared memory, as one request sees it. Every method raises a ProtocolError for what is no place."""
+
+    def locate(self, region: Region) -> Where:
+        """Where a place lies; checked here, before the model is run."""
+        ...
+
+    def read(self, region: Region) -> memoryview:
+        """A copy of a place in host memory, exactly ``byte_size`` bytes; the client cannot change it any more."""
+        ...
+
+    def write(self, region: Region, data: memoryview) -> None:
+        """Write bytes, ``byte_size`` of them or fewer, to the beginning of a place in host memory."""
+        ...
+
+
+class DeviceInput(NamedTuple):
+    """An input that lies in a device's shared memory: checked against the model, but not read.
+
+    Args:
+        name: of the input.
+        dtype: in onecard.
+        shape: as sent.
+        region: where it lies, exactly as many bytes as the shape has.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    region: Region
+
+
+class Written(NamedTuple):
+    """An answer's output that the engine has already written to its place on the device.
+
+    Args:
+        dtype: in onecard.
+        shape: of the output.
+    """
+
+    dtype: str
+    shape: Shape
 
 
 class Form(NamedTuple):
@@ -122,10 +165,11 @@ class InferRequest:
     Args:
         id: as the client gave it, or empty.
         inputs: arrays by name, in C order; they may be read-only views of the request's body.
-        dtypes: onecard's dtype of each input; ``bfloat16`` is carried by an int16 array.
+        dtypes: onecard's dtype of each of them; ``bfloat16`` is carried by an int16 array.
         outputs: those to send, in this order.
         priority: 1 is the highest, larger numbers are lower; 0 stands for the server's default.
         timeout_us: within which the answer is wanted, in microseconds; 0 stands for the server's default.
+        on_device: the inputs that are not among ``inputs``, since they lie in a device's shared memory.
     """
 
     id: str
@@ -134,6 +178,7 @@ class InferRequest:
     outputs: tuple[RequestedOutput, ...]
     priority: int = 0
     timeout_us: int = 0
+    on_device: tuple[DeviceInput, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,54 +1,37 @@
-"""What the server adds to protocol and front: where a body lies, and which words name a model."""
+"""What the server adds to protocol and front: where a body lies, and what is counted."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from onecard.errors import UsageError
 from onecard.runtime.stats import BatchStats
-from onecard.server.app import BodyMemory
+from onecard.server.app import body_memory
 from onecard.server.counters import Counters
-from onecard.server.hosting import read_names
-from onecard.server.http_types import HttpError
+from onecard.server.engine_memory import RequestMemory
+
+
+@pytest.fixture
+def memory():
+    made = RequestMemory(1 << 20)
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize("json_length", [0, 1, 63, 64, 197])
 @pytest.mark.parametrize("length", [0, 1, 4096])
-def test_the_first_binary_tensor_of_a_body_is_aligned(json_length, length):
+def test_the_first_binary_tensor_of_a_body_is_aligned(memory, json_length, length):
     headers = {b"inference-header-content-length": str(json_length).encode()} if json_length else {}
-    memory = BodyMemory(1 << 20)(SimpleNamespace(headers=headers), length)
-    assert (len(memory), memory.readonly, memory.format) == (length, False, "B")
+    body = body_memory(memory)(SimpleNamespace(headers=headers), length)
+    assert (len(body), body.readonly, body.format) == (length, False, "B")
     if length:
-        assert (np.frombuffer(memory, np.uint8).ctypes.data + json_length) % 64 == 0
+        assert (np.frombuffer(body, np.uint8).ctypes.data + json_length) % 64 == 0
 
 
 @pytest.mark.parametrize("value", [b"-1", b"x", b"9" * 30, b""])
-def test_a_length_that_is_none_is_left_to_the_parser(value):
+def test_a_length_that_is_none_is_left_to_the_parser(memory, value):
     headers = {b"inference-header-content-length": value}
-    assert len(BodyMemory(1 << 20)(SimpleNamespace(headers=headers), 10)) == 10
-
-
-def test_no_more_memory_is_given_for_bodies_than_allowed_and_it_comes_back_with_the_last_reference():
-    give, request = BodyMemory(1000), SimpleNamespace(headers={})
-    first = give(request, 600)
-    view = np.frombuffer(first, np.uint8)[10:20]  # as an input of a request would be
-    with pytest.raises(HttpError) as refused:
-        give(request, 401)
-    assert (refused.value.status, give.used_bytes) == (503, 600)
-    del first
-    assert give.used_bytes == 600
-    del view
-    assert give.used_bytes == 0
-    assert len(give(request, 1000)) == 1000
-
-
-def test_names_of_models(tmp_path):
-    found = read_names([str(tmp_path / "resnet.onecard"), f"mine={tmp_path}/other"])
-    assert {name: path.name for name, path in found.items()} == {"resnet": "resnet.onecard", "mine": "other"}
-    for words in (["a/b=x"], ["=x"], [f"{'n' * 129}=x"], ["x=1", "x=2"]):
-        with pytest.raises(UsageError):
-            read_names(words)
+    assert len(body_memory(memory)(SimpleNamespace(headers=headers), 10)) == 10
 
 
 def test_counters_count_requests_and_batches_apart():

@@ -11,8 +11,9 @@ from onecard.runtime.request import Intake
 from onecard.server.oip_contract import InferContract
 from onecard.server.oip_request import engine_inputs, parse_infer
 from onecard.server.oip_response import encode_infer
-from onecard.server.oip_types import DATATYPES, InferRequest, InferResponse, ProtocolError, Region, RequestedOutput
+from onecard.server.oip_types import DATATYPES, InferRequest, InferResponse, ProtocolError, RequestedOutput
 from onecard.spec import DTYPES, Range, Spec, TensorSpec
+from tests.unit.server.shared_objects import OneMemory
 
 client = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
 ALL = sorted(DATATYPES)
@@ -201,29 +202,26 @@ def test_classification(binary):
 
 
 def test_shared_memory_both_ways():
-    memory = bytearray(256)
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    memory[32 : 32 + array.nbytes] = array.tobytes()
-    places = {"in": memoryview(memory)[:128], "out": memoryview(memory)[128:]}
-
-    def access(region: Region) -> memoryview:
-        return places[region.name][region.offset : region.offset + region.byte_size]
+    regions = OneMemory(bytearray(256))
+    regions.memory[32 : 32 + array.nbytes] = array.tobytes()
 
     item = client.InferInput("x0", [2, 3], "FP32")
     item.set_shared_memory("in", array.nbytes, offset=32)
     wanted = client.InferRequestedOutput("y0")
-    wanted.set_shared_memory("out", 64, offset=16)
+    wanted.set_shared_memory("out", 64, offset=144)
     body, length = HTTP.generate_request_body([item], outputs=[wanted])
     contract = contract_of("float32")
-    request = parse_infer(body, length, contract, access)
+    request = parse_infer(body, length, contract, regions)
     assert same(request.inputs["x0"], array)
-    response = encode_infer(request, {"y0": array * 2}, contract, ("m", ""), access)
-    assert bytes(memory[144 : 144 + array.nbytes]) == (array * 2).tobytes()
+    response = encode_infer(request, {"y0": array * 2}, contract, ("m", ""), regions)
+    assert bytes(regions.memory[144 : 144 + array.nbytes]) == (array * 2).tobytes()
     assert read(response).get_output("y0")["parameters"] == {
         "shared_memory_region": "out",
         "shared_memory_byte_size": 24,
-        "shared_memory_offset": 16,
+        "shared_memory_offset": 144,
     }
+    body, length = HTTP.generate_request_body([item])
     with pytest.raises(ProtocolError, match=r"input 'x0' is in shared memory 'in', which is not enabled"):
         parse_infer(body, length, contract)
 

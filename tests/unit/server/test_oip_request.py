@@ -8,10 +8,11 @@ import pytest
 
 from onecard.errors import SpecError, UsageError
 from onecard.server.oip_contract import InferContract
-from onecard.server.oip_request import binary_lead, parse_infer
-from onecard.server.oip_types import OipLimits, ProtocolError, Region, RequestedOutput
+from onecard.server.oip_request import binary_lead, engine_inputs, parse_infer
+from onecard.server.oip_types import DeviceInput, OipLimits, ProtocolError, Region, RequestedOutput
 from onecard.spec import Range, Spec, TensorSpec
 from tests.unit.server.oip_bodies import RAW_IMAGE, SPEC, body, contract, data, head, image, json_body, mask, one
+from tests.unit.server.shared_objects import OneMemory
 
 
 def refused(request, match, binary=None, **options):
@@ -288,19 +289,37 @@ def test_a_body_without_json_refused(model, nbytes, match):
 def test_shared_memory_of_the_wrong_size():
     place = {"shared_memory_region": "r", "shared_memory_byte_size": 44}
     whole, length = body(head(inputs=[image(parameters=place), mask()]), data()[48:])
-    asked: list[Region] = []
+    regions = OneMemory(bytearray(64))
     with pytest.raises(ProtocolError, match="input 'image' has a 'shared_memory_byte_size' of 44, expected 48"):
-        parse_infer(whole, length, contract(), lambda region: asked.append(region) or memoryview(b""))
-    assert not asked
+        parse_infer(whole, length, contract(), regions)
+    assert not regions.asked
 
 
-def test_truth_values_in_shared_memory_are_copied_before_they_are_checked():
-    memory = bytearray([0, 1] * 5)
+def test_truth_values_in_shared_memory_are_checked():
     place = {"shared_memory_region": "r", "shared_memory_byte_size": 10}
     whole, length = body(head(inputs=[image(), mask(parameters=place)]), data()[:48])
-    request = parse_infer(whole, length, contract(), lambda region: memoryview(memory))
-    memory[0] = 7
-    assert request.inputs["mask"].view(np.uint8).max() == 1
+    assert parse_infer(whole, length, contract(), OneMemory(bytearray([0, 1] * 5))).inputs["mask"].sum() == 5
+    with pytest.raises(ProtocolError, match="input 'mask' is BOOL, but has bytes that are neither 0 nor 1"):
+        parse_infer(whole, length, contract(), OneMemory(bytearray([0, 2] * 5)))
+
+
+def test_what_lies_on_a_device_is_left_there():
+    place = {"shared_memory_region": "r", "shared_memory_byte_size": 48, "shared_memory_offset": 64}
+    whole, length = body(head(inputs=[image(parameters=place), mask()]), data()[48:])
+    request = parse_infer(whole, length, contract(), OneMemory(bytearray(64), "device"))
+    assert request.on_device == (DeviceInput("image", "float32", (2, 2, 3), Region("r", 48, 64)),)
+    assert list(request.inputs) == list(request.dtypes) == ["mask"]
+    assert list(engine_inputs(request)) == ["mask"]
+
+
+def test_the_place_of_an_output_is_looked_for_before_the_model_is_run():
+    place = {"shared_memory_region": "r", "shared_memory_byte_size": 16}
+    whole, length = body(head(outputs=[{"name": "scores", "parameters": place}]))
+    regions = OneMemory(bytearray(64))
+    (wanted,) = parse_infer(whole, length, contract(), regions).outputs
+    assert regions.asked == [wanted.region] == [Region("r", 16)]
+    with pytest.raises(ProtocolError, match="output 'scores' is in shared memory 'r', which is not enabled"):
+        parse_infer(whole, length, contract())
 
 
 def test_remembered_shapes_stay_few(monkeypatch):

@@ -9,8 +9,9 @@ import torch
 from onecard.errors import EngineError
 from onecard.server.oip_classify import classify, length_prefixed
 from onecard.server.oip_response import encode_infer
-from onecard.server.oip_types import DATATYPES, InferRequest, ProtocolError, Region, RequestedOutput
+from onecard.server.oip_types import DATATYPES, InferRequest, ProtocolError, Region, RequestedOutput, Written
 from tests.unit.server.oip_bodies import contract, one
+from tests.unit.server.shared_objects import OneMemory
 
 
 def request(*outputs: RequestedOutput, id: str = "") -> InferRequest:
@@ -84,11 +85,32 @@ def test_answers_that_cannot_be_sent(answers, match):
         encode_infer(request(RequestedOutput("y", False)), answers, one("float32", "B"), ("m", ""))
 
 
+def test_what_the_engine_wrote_to_the_device_is_only_told():
+    written = {"y": Written("bfloat16", (2, 3))}
+    wanted = request(RequestedOutput("y", False, region=Region("r", 64, 8)))
+    response = encode_infer(wanted, written, one("float32", "B"), ("m", ""), OneMemory(bytearray(), "device"))
+    assert response.json_length is None
+    assert json.loads(response.body[0])["outputs"] == [
+        {
+            "name": "y",
+            "datatype": "BF16",
+            "shape": [2, 3],
+            "parameters": {
+                "shared_memory_region": "r",
+                "shared_memory_byte_size": 12,
+                "shared_memory_offset": 8,
+            },
+        }
+    ]
+    with pytest.raises(EngineError, match="output 'y' was left on the device, but is to be sent"):
+        encode_infer(request(RequestedOutput("y", True)), written, one("float32", "B"), ("m", ""))
+
+
 def test_a_place_in_shared_memory_that_is_too_small():
     wanted = request(RequestedOutput("y", False, region=Region("r", 7)))
     array = np.ones(2, np.float32)
     with pytest.raises(ProtocolError, match="output 'y' has 8 bytes, but its 'shared_memory_byte_size' is 7"):
-        encode_infer(wanted, {"y": array}, one("float32", "B"), ("m", ""), lambda region: memoryview(bytearray(7)))
+        encode_infer(wanted, {"y": array}, one("float32", "B"), ("m", ""), OneMemory(bytearray(7)))
     with pytest.raises(ProtocolError, match="not enabled on this server"):
         encode_infer(wanted, {"y": array}, one("float32", "B"), ("m", ""))
 
