@@ -1,24 +1,25 @@
-"""The command that serves bundles over HTTP, ``onecard serve``."""
+"""The command that serves bundles over HTTP and gRPC, ``onecard serve``."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from onecard.errors import UsageError
+from onecard.server.config import config_callback
 from onecard.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
-    from onecard.runtime.engine import EngineOptions
-    from onecard.server.hosting import Hosting
+    from onecard.ipc.messages import ModelOptions
+    from onecard.server.access import Access
     from onecard.server.http_server import HttpServer
+    from onecard.server.logs import Form
+    from onecard.server.serving import Serving
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _err = Console(stderr=True, highlight=False)
@@ -30,13 +31,27 @@ def register(app: typer.Typer) -> None:
 
 
 def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
+    ctx: typer.Context,
     bundles: Annotated[
-        list[str], typer.Argument(metavar="[NAME=]BUNDLE...", help="Folders that 'onecard optimize' wrote.")
-    ],
+        list[str] | None, typer.Argument(metavar="[NAME=]BUNDLE...", help="Folders that 'onecard optimize' wrote.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=config_callback, is_eager=True, envvar="ONECARD_CONFIG", help="TOML with any of these options."
+        ),
+    ] = None,
+    model_repository: Annotated[
+        Path | None,
+        typer.Option(envvar="ONECARD_MODEL_REPOSITORY", help="A folder of bundles that may be loaded while it runs."),
+    ] = None,
     host: Annotated[str, typer.Option(envvar="ONECARD_HOST", help="The address to listen on.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(envvar="ONECARD_HTTP_PORT", help="0 for one that is free.")] = 8000,
     uds: Annotated[Path | None, typer.Option(envvar="ONECARD_UDS", help="Also a Unix-domain socket there.")] = None,
     device: Annotated[str, typer.Option(envvar="ONECARD_DEVICE", help="auto, cpu or cuda:0.")] = "auto",
+    device_memory: Annotated[
+        str | None, typer.Option(envvar="ONECARD_DEVICE_MEMORY", help="Run each model within so much: 4GiB.")
+    ] = None,
     p99: Annotated[
         str | None, typer.Option("--p99", envvar="ONECARD_P99", help="Run as 'onecard tune' found for this limit: 5ms.")
     ] = None,
@@ -53,64 +68,109 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         str, typer.Option(envvar="ONECARD_QUEUE_WAIT", help="A request that would wait longer is refused.")
     ] = "10s",
     max_body: Annotated[str, typer.Option(envvar="ONECARD_MAX_BODY", help="Largest request body.")] = "64MiB",
-    max_bodies: Annotated[
-        str, typer.Option(envvar="ONECARD_MAX_BODIES", help="Bytes of all bodies that are held at once.")
-    ] = "4GiB",
+    request_memory: Annotated[
+        str, typer.Option(envvar="ONECARD_REQUEST_MEMORY", help="Shared memory for all requests that are held at once.")
+    ] = "512MiB",
+    answer_memory: Annotated[
+        str, typer.Option(envvar="ONECARD_ANSWER_MEMORY", help="Shared memory for answers that are being sent.")
+    ] = "256MiB",
     max_connections: Annotated[int, typer.Option(envvar="ONECARD_MAX_CONNECTIONS", help="Open at once.")] = 1000,
     tls_certificate: Annotated[Path | None, typer.Option(envvar="ONECARD_TLS_CERTIFICATE", help="PEM file.")] = None,
     tls_key: Annotated[Path | None, typer.Option(envvar="ONECARD_TLS_KEY", help="PEM file.")] = None,
     tls_client_ca: Annotated[
         Path | None, typer.Option(envvar="ONECARD_TLS_CLIENT_CA", help="Only clients signed by these may connect.")
     ] = None,
+    auth_token_file: Annotated[
+        Path | None, typer.Option(envvar="ONECARD_AUTH_TOKEN_FILE", help="Clients must show the token in this file.")
+    ] = None,
+    control_token_file: Annotated[
+        Path | None,
+        typer.Option(envvar="ONECARD_CONTROL_TOKEN_FILE", help="Loading and unloading need the token in this file."),
+    ] = None,
+    shared_memory_prefix: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ONECARD_SHARED_MEMORY_PREFIX", help="Clients may share memory whose name begins with this."
+        ),
+    ] = None,
+    hang_timeout: Annotated[
+        str, typer.Option(envvar="ONECARD_HANG_TIMEOUT", help="An engine silent for so long is started again.")
+    ] = "10s",
+    batch_timeout: Annotated[
+        str, typer.Option(envvar="ONECARD_BATCH_TIMEOUT", help="So is one that is at one batch for so long.")
+    ] = "60s",
     drain_timeout: Annotated[
         str, typer.Option(envvar="ONECARD_DRAIN_TIMEOUT", help="For open requests, when told to end.")
     ] = "30s",
+    log_format: Annotated[str, typer.Option(envvar="ONECARD_LOG_FORMAT", help="human or json.")] = "human",
+    access_log: Annotated[
+        float, typer.Option(envvar="ONECARD_ACCESS_LOG", help="Part of the requests that is logged: 1 is all.")
+    ] = 0.0,
+    log_level: Annotated[str, typer.Option(envvar="ONECARD_LOG_LEVEL", help="debug, info, warning ...")] = "info",
 ) -> None:
-    """Serve bundles over HTTP, by the Open Inference Protocol v2. Without TLS and tokens: for trusted networks only."""
-    from onecard.server.hosting import read_names
+    """Serve bundles by the Open Inference Protocol v2. Without TLS and tokens: for trusted networks only."""
+    from onecard.server.config import model_options, named_bundles
+    from onecard.server.engine_client import ClientOptions
+    from onecard.server.engine_guard import GuardOptions
     from onecard.server.http_server import Listen
     from onecard.server.http_tls import tls_context
     from onecard.server.http_types import HttpLimits
+    from onecard.server.logs import setup_logs
+    from onecard.server.repository import Source, read_names
     from onecard.server.serve import ServeOptions, run_server
 
     if tls_certificate is None and (tls_key or tls_client_ca):
         raise UsageError("--tls-key and --tls-client-ca need --tls-certificate.", "Give the certificate as well.")
     tls = tls_context(tls_certificate, tls_key, tls_client_ca) if tls_certificate else None
-    changes: dict[str, Any] = {
-        "queue_items": queue_items,
-        "queue_bytes": parse_size(queue_bytes),
-        "queue_wait_s": parse_duration(queue_wait),
-    }
-    if max_batch is not None:
-        changes["max_rows"] = max_batch
-    if max_delay is not None:
-        changes["max_delay_s"] = parse_duration(max_delay)
-    limit_ms = parse_duration(p99) * 1e3 if p99 else None
-    timeout_s = parse_duration(timeout) if timeout else None
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    setup_logs(cast("Form", log_format), log_level)
+    access = _access(auth_token_file, control_token_file)
+    words = named_bundles(ctx, bundles)
     if host not in _LOOPBACK and tls is None:
-        _err.print(f"[yellow]warning:[/] {escape(host)} may be reached from elsewhere, without TLS and without tokens.")
+        tokens = "" if auth_token_file else " and without tokens"
+        _err.print(f"[yellow]warning:[/] {escape(host)} may be reached from elsewhere, without TLS{tokens}.")
     options = ServeOptions(
-        read_names(bundles),
+        {name: Source(path, _model(model_options(ctx, name))) for name, path in read_names(words).items()},
         Listen(host, http_port, uds, tls=tls),
         HttpLimits(max_body_bytes=parse_size(max_body), max_connections=max_connections),
-        parse_size(max_bodies),
-        device,
-        lambda folder: _engine_options(folder, device, limit_ms, changes, timeout_s),
-        parse_duration(drain_timeout),
+        ClientOptions(parse_size(request_memory), parse_size(answer_memory)),
+        GuardOptions(hang_s=parse_duration(hang_timeout), hang_batch_s=parse_duration(batch_timeout)),
+        access,
+        access_log,
+        shared_memory_prefix,
+        model_repository,
+        _model(model_options(ctx, "")),
+        drain_s=parse_duration(drain_timeout),
     )
     run_server(options, _Announcer())
 
 
-def _engine_options(
-    folder: Path, device: str, limit_ms: float | None, changes: dict[str, Any], timeout_s: float | None
-) -> EngineOptions:
-    """What the bundle was tuned to, and what the command line says over it."""
-    from onecard.runtime.tune import tuned_options
+def _model(values: Mapping[str, Any]) -> ModelOptions:
+    """How a model is opened, from the options that it has: the command's, or its own of the configuration file."""
+    from onecard.ipc.messages import ModelOptions
 
-    tuned = tuned_options(folder, limit_ms, device)
-    options = dataclasses.replace(tuned, policy=dataclasses.replace(tuned.policy, **changes))
-    return options if timeout_s is None else dataclasses.replace(options, timeout_s=timeout_s)
+    policy: dict[str, Any] = {
+        "queue_items": values["queue_items"],
+        "queue_bytes": parse_size(values["queue_bytes"]),
+        "queue_wait_s": parse_duration(values["queue_wait"]),
+    }
+    if values["max_batch"] is not None:
+        policy["max_rows"] = values["max_batch"]
+    if values["max_delay"] is not None:
+        policy["max_delay_s"] = parse_duration(values["max_delay"])
+    p99, timeout, memory = values["p99"], values["timeout"], values["device_memory"]
+    return ModelOptions(
+        values["device"],
+        parse_duration(p99) * 1e3 if p99 else None,
+        policy,
+        parse_duration(timeout) if timeout else None,
+        device_memory=parse_size(memory) if memory else None,
+    )
+
+
+def _access(auth: Path | None, control: Path | None) -> Access:
+    from onecard.server.access import Access, read_token
+
+    return Access(read_token(auth) if auth else None, read_token(control) if control else None)
 
 
 class _Announcer:
@@ -120,10 +180,10 @@ class _Announcer:
         for each in server.sockets:
             _err.print(f"listening on {escape(_address(each.getsockname()))}", soft_wrap=True)
 
-    def ready(self, hosting: Hosting) -> None:
-        for model in hosting.models:
-            if model.engine is not None:
-                what = f"{model.engine.spec} on {model.engine.device}"
+    def ready(self, serving: Serving) -> None:
+        for model in serving.client.models.values():
+            if model.contract is not None:
+                what = f"{model.contract.spec} on {model.device}"
                 _err.print(f"[green]ready[/] {escape(model.name)}: {escape(what)}", soft_wrap=True)
 
 

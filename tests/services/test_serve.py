@@ -125,7 +125,9 @@ def test_statistics_count_what_happened(client, golden):
     tensor.set_data_from_numpy(given(golden, 3))
     client.infer("other", [tensor])
     with pytest.raises(InferenceServerException):
-        client.infer("other", [triton.InferInput("wrong", [1], "FP32")])
+        client.infer("other", [triton.InferInput("wrong", [1], "FP32")])  # never gets to the model
+    with pytest.raises(InferenceServerException):
+        client.infer("other", [tensor], timeout=1)
     after = counts()
     assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1, 1]
     assert len(client.get_inference_statistics()["model_stats"]) == 2
@@ -160,7 +162,7 @@ def test_many_at_once_get_their_own_answers(port, golden):
         ("GET", "/v2/models/small/versions/7", 404, "no version '7'"),
         ("DELETE", "/v2/models/small", 405, "expected GET"),
         ("GET", "/v2/models/small/infer", 405, "expected POST"),
-        ("POST", "/v2/repository/models/small/unload", 404, "nothing at"),
+        ("POST", "/v2/repository/models/other-one/unload", 404, "there is no model"),
     ],
 )
 def test_what_is_not_there(port, method, path, status, words):

@@ -1,66 +1,64 @@
 """The routes of the Open Inference Protocol v2 over HTTP: which path means what, and what an inference request becomes.
 
 Source: the KServe specification ``inference_rest.md`` and Triton's extensions for classification, binary tensors,
-model configuration, statistics and scheduling.
+model configuration, model repository, scheduling and statistics.
 """
 
 from __future__ import annotations
 
-import math
-import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Iterable
 from urllib.parse import unquote
 
-import numpy as np
-
 from onecard import __version__
-from onecard.errors import QueueFullError
-from onecard.runtime.engine import Engine
-from onecard.server.hosting import VERSION, Hosted, Hosting
-from onecard.server.http_types import HttpError, Request, Response
+from onecard.server.access import Access, Kind
+from onecard.server.engine_answers import EngineAnswer
+from onecard.server.engine_client import EngineClient
+from onecard.server.http_types import BodyAllocator, HttpError, Request, Response
+from onecard.server.logs import AccessLog, Entry, RequestIds
 from onecard.server.oip_contract import InferContract
 from onecard.server.oip_metadata import (
     CODEC_EXTENSIONS,
     model_config,
     model_metadata,
     model_ready,
-    model_statistics,
     server_live,
     server_metadata,
     server_ready,
 )
-from onecard.server.oip_repository import parse_index, repository_index
-from onecard.server.oip_request import binary_lead, engine_inputs, parse_infer
+from onecard.server.oip_repository import check_change, parse_index, repository_index
+from onecard.server.oip_request import binary_lead, parse_infer
 from onecard.server.oip_response import encode_infer
+from onecard.server.oip_shared_memory import Place, find_place, shared_memory_routes
+from onecard.server.oip_types import InferRequest, RegionAccess
+from onecard.server.serving import DEFAULT_PRIORITY, Serving
+from onecard.server.shared_regions import SharedRegions
 
-EXTENSIONS = (*CODEC_EXTENSIONS, "model_configuration", "statistics")
-DEFAULT_PRIORITY = 2
-"""Of a request that names none: 1 goes before it, 3 and more behind."""
-_SOON = ((b"Retry-After", b"1"),)
+EXTENSIONS = (*CODEC_EXTENSIONS, "model_configuration", "model_repository", "statistics")
 _JSON = ((b"Content-Type", b"application/json"),)
 _LENGTH = b"inference-header-content-length"
 _LENGTH_DIGITS = 10  # more than any body needs
 _ALIGNMENT_BYTES = 64
 
-Route = Callable[[Request, Hosted], "Response | Awaitable[Response]"]
+Route = Callable[[Request, str, str], "Response | Awaitable[Response]"]
 
 
 class App:
     """Answers requests.
 
     Args:
-        hosting: the models.
-
-    Attributes:
-        draining: the server is going down: not ready any more.
+        serving: the models.
+        access: who may do what.
+        regions: shared memory that clients may register.
     """
 
-    def __init__(self, hosting: Hosting) -> None:
-        self.hosting = hosting
-        self.draining = False
-        self._server = {
+    def __init__(self, serving: Serving, access: Access, regions: SharedRegions) -> None:
+        self.serving = serving
+        self._access = access
+        self._regions = regions
+        self._shared_memory = shared_memory_routes(regions)
+        self._extensions = (*EXTENSIONS, *regions.extensions)
+        self._server: dict[tuple[str, str], Callable[[Request], Response | Awaitable[Response]]] = {
             ("GET", ""): self._metadata,
             ("GET", "health/live"): self._live,
             ("GET", "health/ready"): self._ready,
@@ -68,136 +66,178 @@ class App:
             ("POST", "repository/index"): self._index,
         }
         self._model: dict[tuple[str, str], Route] = {
+            ("POST", "infer"): self._infer,
             ("GET", ""): self._model_metadata,
             ("GET", "ready"): self._model_ready,
             ("GET", "config"): self._model_config,
             ("GET", "stats"): self._model_statistics,
-            ("POST", "infer"): self._infer,
+        }
+        self._repository: dict[tuple[str, str], Route] = {
+            ("POST", "load"): self._load,
+            ("POST", "unload"): self._unload,
         }
 
     def __call__(self, request: Request) -> Response | Awaitable[Response]:
         """Answer one request.
 
         Raises:
-            HttpError: no such path, or not with this method.
+            HttpError: no such path, not with this method, or not for this client.
             OnecardError: what the request asked for could not be done; it has an HTTP status.
         """
         parts = request.path.strip("/").split("/")
         if parts[0] != "v2":
             raise HttpError(404, f"there is nothing at {request.path[:200]}: the protocol begins with /v2.")
-        rest = "/".join(parts[1:])
         method = "GET" if request.method == "HEAD" else request.method
-        if (method, rest) in self._server:
-            return self._server[method, rest](request)
-        if len(parts) > 2 and parts[1] == "models":  # noqa: PLR2004 - v2/models/NAME
+        if len(parts) > 2 and parts[1] == "models" and parts[2:] != ["stats"]:  # noqa: PLR2004 - v2/models/NAME
             name, version, action = _model_path(parts[2:])
-            route = self._model.get((method, action))
-            if route is not None:
-                return route(request, self.hosting.find(name, version))
-            _refuse_method(self._model, action, request)
+            return self._to(self._model, method, request, name, version, action)
+        if len(parts) == 5 and parts[1:3] == ["repository", "models"]:  # noqa: PLR2004 - v2/repository/models/NAME/ACTION
+            return self._to(self._repository, method, request, unquote(parts[3]), "", parts[4])
+        place = find_place(parts[1:])
+        if place is not None:
+            return self._to_region(method, place, request)
+        rest = "/".join(parts[1:])
+        if (method, rest) in self._server:
+            self._check("health" if parts[1:2] == ["health"] else "infer", request)
+            return self._server[method, rest](request)
         _refuse_method(self._server, rest, request)
         raise HttpError(404, f"there is nothing at {request.path[:200]}.")
 
+    def _to(
+        self,
+        routes: dict[tuple[str, str], Route],
+        method: str,
+        request: Request,
+        name: str,
+        version: str,
+        action: str,
+    ) -> Response | Awaitable[Response]:
+        """Answer a request about one model."""
+        route = routes.get((method, action))
+        if route is None:
+            _refuse_method(routes, action, request)
+            raise HttpError(404, f"there is nothing at {request.path[:200]}.")
+        kind: Kind = "control" if routes is self._repository else "health" if action == "ready" else "infer"
+        self._check(kind, request)
+        return route(request, name, version)
+
+    def _to_region(self, method: str, place: Place, request: Request) -> Response | Awaitable[Response]:
+        """Answer a request about shared memory."""
+        route = self._shared_memory.get((method, place.route))
+        if route is None:
+            _refuse_method(self._shared_memory, place.route, request)
+            raise HttpError(404, f"there is nothing at {request.path[:200]}.")
+        self._check("control", request)
+        answer = route(place.name, request.body)
+        return _json(answer) if isinstance(answer, bytes) else _awaited(answer)
+
+    def _check(self, kind: Kind, request: Request) -> None:
+        self._access.check(kind, request.headers, request.client, request.client == "unix")
+
     def _metadata(self, request: Request) -> Response:
-        return _json(server_metadata(__version__, EXTENSIONS))
+        return _json(server_metadata(__version__, self._extensions))
 
     def _live(self, request: Request) -> Response:
         return _json(server_live(True))
 
     def _ready(self, request: Request) -> Response:
-        ready = self.hosting.is_ready and not self.draining
+        ready = self.serving.is_ready
         return _json(server_ready(ready), 200 if ready else 503)
 
     def _index(self, request: Request) -> Response:
         only_ready = parse_index(request.body)
-        return _json(repository_index([model.entry for model in self.hosting.models], only_ready))
+        return _json(repository_index(self.serving.index(), only_ready))
 
-    def _all_statistics(self, request: Request) -> Response:
-        return _json(model_statistics([m.counters.read(m.name, VERSION) for m in self.hosting.models]))
+    async def _all_statistics(self, request: Request) -> Response:
+        return _json(await self.serving.statistics())
 
-    def _model_metadata(self, request: Request, model: Hosted) -> Response:
-        return _json(model_metadata(model.name, [VERSION], _opened(model)[0].spec))
+    def _model_metadata(self, request: Request, name: str, version: str) -> Response:
+        model, contract = self.serving.find(name, version)
+        return _json(model_metadata(name, [model.version], contract.spec))
 
-    def _model_ready(self, request: Request, model: Hosted) -> Response:
-        ready = model.is_ready and not self.draining
-        return _json(model_ready(model.name, ready), 200 if ready else 503)
+    def _model_ready(self, request: Request, name: str, version: str) -> Response:
+        self.serving.find(name, version)
+        ready = self.serving.is_model_ready(name)
+        return _json(model_ready(name, ready), 200 if ready else 503)
 
-    def _model_config(self, request: Request, model: Hosted) -> Response:
-        return _json(model_config(model.name, _opened(model)[0].spec, priorities=DEFAULT_PRIORITY + 1))
+    def _model_config(self, request: Request, name: str, version: str) -> Response:
+        _, contract = self.serving.find(name, version)
+        return _json(model_config(name, contract.spec, priorities=DEFAULT_PRIORITY + 1))
 
-    def _model_statistics(self, request: Request, model: Hosted) -> Response:
-        return _json(model_statistics([model.counters.read(model.name, VERSION)]))
+    async def _model_statistics(self, request: Request, name: str, version: str) -> Response:
+        self.serving.find(name, version)
+        return _json(await self.serving.statistics(name))
 
-    async def _infer(self, request: Request, model: Hosted) -> Response:
-        began = time.monotonic()
-        model.counters.came()
+    async def _load(self, request: Request, name: str, version: str) -> Response:
+        check_change(request.body)
+        await self.serving.load(name)
+        return _json(b"{}")
+
+    async def _unload(self, request: Request, name: str, version: str) -> Response:
+        check_change(request.body)
+        await self.serving.unload(name)
+        return _json(b"{}")
+
+    async def _infer(self, request: Request, name: str, version: str) -> Response:
+        _, contract = self.serving.find(name, version)
+        access = self._regions.access(self.serving.client.allocate)
+        asked = parse_infer(request.body, _json_length(request), contract, access)
+        answer = await self.serving.infer(name, asked, request.client)
         try:
-            response = await self._answer(request, model)
+            return _encoded(asked, answer, contract, name, access)
         except BaseException:
-            model.counters.ended(time.monotonic() - began, ok=False)
+            answer.release()
             raise
-        model.counters.ended(time.monotonic() - began, ok=True)
-        return response
-
-    async def _answer(self, request: Request, model: Hosted) -> Response:
-        engine, contract = _opened(model)
-        asked = parse_infer(request.body, _json_length(request), contract)
-        try:
-            answers = await engine.infer_async(
-                engine_inputs(asked),
-                timeout_s=asked.timeout_us / 1e6 if asked.timeout_us else None,
-                priority=asked.priority or DEFAULT_PRIORITY,
-                client=request.client,
-            )
-        except QueueFullError as error:
-            retry = str(max(1, math.ceil(error.retry_after_s))).encode()
-            raise HttpError(error.http_status, str(error), [(b"Retry-After", retry)]) from error
-        encoded = encode_infer(asked, answers, contract, (model.name, VERSION))
-        headers = [(b"Content-Type", encoded.content_type)]
-        if encoded.json_length is not None:
-            headers.append((b"Inference-Header-Content-Length", str(encoded.json_length).encode()))
-        return Response(200, headers, encoded.body)
 
 
-class BodyMemory:
-    """Gives the memory that bodies are received into, and no more of it at once than is allowed.
+def body_memory(client: EngineClient) -> BodyAllocator:
+    """Gives the memory that bodies are received into: the engine's, so that a tensor in one need not be copied.
 
-    A body lies so that its first binary tensor is aligned, and need not be copied. Its memory counts until nothing
-    refers to it any more.
-
-    Args:
-        limit_bytes: of all bodies together.
+    A body lies so that its first binary tensor is aligned.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._lock = threading.Lock()  # the last reference may be an engine's thread's
-        self.used_bytes = 0
-
-    def __call__(self, request: Request, length: int) -> memoryview:
-        """Memory for one body.
-
-        Args:
-            request: its head is known, its body is not.
-            length: of the body, in bytes.
-
-        Raises:
-            HttpError: 503, too much is held.
-        """
-        with self._lock:
-            if self.used_bytes + length > self._limit_bytes:
-                raise HttpError(503, "too many large requests are being received; come back later.", _SOON)
-            self.used_bytes += length
+    def allocate(request: Request, length: int) -> memoryview:
         value = request.headers.get(_LENGTH, b"")
         json_length = int(value) if value.isdigit() and len(value) <= _LENGTH_DIGITS else 0
-        memory = np.empty(length + 2 * _ALIGNMENT_BYTES, np.uint8)
-        weakref.finalize(memory, self._release, length)
-        start = -memory.ctypes.data % _ALIGNMENT_BYTES + binary_lead(json_length, _ALIGNMENT_BYTES)
-        return memory.data[start : start + length]
+        return client.allocate(length, binary_lead(json_length, _ALIGNMENT_BYTES))
 
-    def _release(self, length: int) -> None:
-        with self._lock:
-            self.used_bytes -= length
+    return allocate
+
+
+def access_logger(log: AccessLog) -> Callable[[Request, Response, int], None]:
+    """Writes the access log from what the front tells of each answer."""
+    request_ids = RequestIds()
+
+    def write(request: Request, response: Response, length: int) -> None:
+        if not log.is_due(response.status):
+            return
+        parts = request.path.split("/", 4)
+        log.write(
+            Entry(
+                request.method,
+                request.path,
+                response.status,
+                len(request.body),
+                length,
+                (time.monotonic() - request.began) * 1e3,
+                request.client,
+                unquote(parts[3]) if parts[1:3] == ["v2", "models"] and len(parts) > 3 else "",  # noqa: PLR2004
+                request_ids(request.headers),
+            )
+        )
+
+    return write
+
+
+def _encoded(
+    asked: InferRequest, answer: EngineAnswer, contract: InferContract, name: str, access: RegionAccess | None
+) -> Response:
+    """An answer as it is sent; the engine has its memory back when that is done."""
+    encoded = encode_infer(asked, answer.outputs, contract, (name, answer.version), access)
+    headers = [(b"Content-Type", encoded.content_type)]
+    if encoded.json_length is not None:
+        headers.append((b"Inference-Header-Content-Length", str(encoded.json_length).encode()))
+    return Response(200, headers, encoded.body, answer.release)
 
 
 def _model_path(parts: list[str]) -> tuple[str, str, str]:
@@ -207,12 +247,6 @@ def _model_path(parts: list[str]) -> tuple[str, str, str]:
     if len(rest) > 1 and rest[0] == "versions":
         version, rest = unquote(rest[1]), rest[2:]
     return name, version, "/".join(rest)
-
-
-def _opened(model: Hosted) -> tuple[Engine, InferContract]:
-    if model.engine is None or model.contract is None:
-        raise HttpError(503, f"model '{model.name}' is not ready: {model.state.lower()}.", _SOON)
-    return model.engine, model.contract
 
 
 def _json_length(request: Request) -> int | None:
@@ -234,6 +268,10 @@ def _refuse_method(routes: Iterable[tuple[str, str]], place: str, request: Reque
             f"{request.method} does not go with {request.path[:200]}: expected {' or '.join(allowed)}.",
             [(b"Allow", ", ".join([*allowed, *head]).encode())],
         )
+
+
+async def _awaited(answer: Awaitable[bytes]) -> Response:
+    return _json(await answer)
 
 
 def _json(body: bytes, status: int = 200) -> Response:

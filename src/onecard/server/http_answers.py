@@ -105,6 +105,8 @@ class Answers:
             if response.on_sent is not None:
                 call_quietly(response.on_sent)
             return self._write(request, response_of(error, request))
+        if self._shared.service.on_answer is not None:
+            self._shared.service.on_answer(request, response, length)
         if not length or not has_body(response, head):
             self._transport.write(start)
         elif length <= _JOIN_BYTES:

@@ -7,6 +7,7 @@ memory. Answers are the matter of ``http_answers``.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable
 from dataclasses import replace
 from typing import cast
@@ -62,8 +63,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         shared = self._shared
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop has classes of its own
         self._tls = transport.get_extra_info("sslcontext") is not None
-        peer = transport.get_extra_info("peername")
-        self._client = str(peer[0]) if isinstance(peer, tuple) else "unix"
+        self._client = _peer(transport)
         self._answers = Answers(shared, transport, self)
         self._deadline = self._loop.time() + shared.limits.idle_timeout_s
         # Over TLS, zero would mean "always paused": one means there what zero means here.
@@ -415,6 +415,15 @@ class HttpConnection(asyncio.BufferedProtocol):
                 self._finish()
         else:
             self._refuse(HttpError(408, "The request's body comes too slowly."))
+
+
+def _peer(transport: asyncio.Transport) -> str:
+    """The peer's address. One that was gone before it was accepted has none, and is not taken for a local one."""
+    peer = transport.get_extra_info("peername")
+    if isinstance(peer, tuple):
+        return str(peer[0])
+    listening = transport.get_extra_info("socket")
+    return "unix" if listening is not None and listening.family == socket.AF_UNIX else "unknown"
 
 
 def _checked(memory: memoryview, length: int) -> memoryview:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -133,22 +134,24 @@ class Request:
 
     Args:
         head: its head.
-        client: the peer's IP address, or ``unix`` for one on a Unix-domain socket.
+        client: the peer's IP address, ``unix`` for one on a Unix-domain socket, ``unknown`` for one that was gone.
         tls: whether it came over TLS.
 
     Attributes:
         body: the whole body, decompressed, in the memory that the allocator gave.
         gone: whether the client left, or was sent away, before its answer was written.
+        began: when its head was there, in seconds of ``time.monotonic``.
         answer: set by the connection: the response, once there is one.
         task: set by the connection: what is awaited for the answer.
     """
 
-    __slots__ = ("_callbacks", "answer", "body", "client", "gone", "head", "task", "tls")
+    __slots__ = ("_callbacks", "answer", "began", "body", "client", "gone", "head", "task", "tls")
 
     def __init__(self, head: Head, client: str, tls: bool) -> None:
         self.head = head
         self.client = client
         self.tls = tls
+        self.began = time.monotonic()
         self.body: memoryview = EMPTY
         self.gone = False
         self.answer: Response | None = None
@@ -232,8 +235,10 @@ class HttpService:
             refuse. Bodies with a length are received straight into it; chunked and compressed ones are copied there
             when they are whole. None: fresh memory for each.
         admit: called with each request that has a body, before any of it is received; it raises to refuse.
+        on_answer: told of each answer that is written, with the bytes of its body.
     """
 
     handler: Handler
     allocator: BodyAllocator | None = None
     admit: Admission | None = None
+    on_answer: Callable[[Request, Response, int], None] | None = None

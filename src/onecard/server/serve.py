@@ -7,18 +7,28 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from onecard.errors import OnecardError, UsageError
-from onecard.runtime.engine import Engine, EngineOptions
-from onecard.runtime.lane import OnBatch
-from onecard.server.app import App, BodyMemory
-from onecard.server.hosting import Hosting
+from onecard.errors import UsageError
+from onecard.ipc.messages import ModelOptions
+from onecard.server.access import Access
+from onecard.server.app import App, access_logger, body_memory
+from onecard.server.device_regions import DeviceRegions
+from onecard.server.engine_client import ClientOptions, EngineClient
+from onecard.server.engine_guard import EngineGuard, GuardOptions
 from onecard.server.http_server import HttpServer, Listen, serve_http
 from onecard.server.http_types import LOGGER, HttpLimits, HttpService
+from onecard.server.logs import AccessLog
+from onecard.server.repository import Repository, Source
+from onecard.server.serving import Serving
+from onecard.server.shared_regions import SharedRegions
+from onecard.server.system_regions import SystemRegions
+
+_END_S = 5.0  # for an engine that has nothing to do any more
+ENGINE_COMMAND = (sys.executable, "-m", "onecard.server.engine_process")
 
 
 class Announce(Protocol):
@@ -28,7 +38,7 @@ class Announce(Protocol):
         """It listens; models are still being opened."""
         ...
 
-    def ready(self, hosting: Hosting) -> None:
+    def ready(self, serving: Serving) -> None:
         """Every model proved itself and is warm."""
         ...
 
@@ -38,21 +48,31 @@ class ServeOptions:
     """What a server is told.
 
     Args:
-        bundles: folder by model name.
+        sources: the models that it begins with.
         listen: where.
         limits: what connections may ask.
-        max_bodies_bytes: of all bodies that are held at once; those in chunks or compressed count when they are whole.
-        device: ``auto``, ``cpu``, ``cuda:0`` ...
-        engine: gives an engine's options for a bundle's folder.
+        client: memory for requests and answers.
+        guard: when the engine counts as dead.
+        access: who may do what.
+        access_log: which part of all requests is logged, from 0 to 1; those that failed here always are.
+        shared_memory: what the system's shared-memory objects that clients may name begin with; None for none.
+        folder: of further bundles that may be loaded while it runs.
+        model: how bundles of the folder are opened.
+        engine: the command that starts an engine process.
         drain_s: how long requests that came in may take once the server was told to end.
     """
 
-    bundles: dict[str, Path]
+    sources: dict[str, Source]
     listen: Listen = field(default_factory=Listen)
     limits: HttpLimits = field(default_factory=HttpLimits)
-    max_bodies_bytes: int = 4 << 30
-    device: str = "auto"
-    engine: Callable[[Path], EngineOptions | None] = lambda folder: None
+    client: ClientOptions = field(default_factory=ClientOptions)
+    guard: GuardOptions = field(default_factory=GuardOptions)
+    access: Access = field(default_factory=lambda: Access(None, None))
+    access_log: float = 0.0
+    shared_memory: str | None = None
+    folder: Path | None = None
+    model: ModelOptions = field(default_factory=ModelOptions)
+    engine: Sequence[str] = ENGINE_COMMAND
     drain_s: float = 30.0
 
 
@@ -67,8 +87,8 @@ def run_server(options: ServeOptions, announce: Announce) -> None:
         OnecardError: a model cannot be opened, or an address cannot be had.
         KeyboardInterrupt: told to end a second time.
     """
-    if not options.bundles:
-        raise UsageError("there is nothing to serve.", "Name at least one bundle.")
+    if not options.sources and options.folder is None:
+        raise UsageError("there is nothing to serve.", "Name at least one bundle, or a --model-repository.")
     main = _serve(options, announce)
     try:
         import uvloop
@@ -86,34 +106,38 @@ def run_server(options: ServeOptions, announce: Announce) -> None:
 
 async def _serve(options: ServeOptions, announce: Announce) -> None:
     loop = asyncio.get_running_loop()
-    hosting = Hosting(options.bundles, lambda folder, on_batch: _open(options, folder, on_batch))
-    app = App(hosting)
-    server = await serve_http(HttpService(app, BodyMemory(options.max_bodies_bytes)), options.listen, options.limits)
+    client = EngineClient(options.client)
+    desired = {name: (source.path, source.options) for name, source in options.sources.items()}
+    guard = EngineGuard(options.engine, client, desired, options.guard)
+    serving = Serving(client, Repository(options.sources, options.folder, options.model))
+    regions = SharedRegions(SystemRegions(options.shared_memory), DeviceRegions(None))
+    app = App(serving, options.access, regions)
+    service = HttpService(app, body_memory(client), on_answer=access_logger(AccessLog(options.access_log)))
+    server = await serve_http(service, options.listen, options.limits)
     told = asyncio.Event()
     announce.listening(server)
     with _signals(loop, told):
-        opening = loop.run_in_executor(None, hosting.open_all)
+        opening = asyncio.ensure_future(guard.start())
         ending = asyncio.ensure_future(told.wait())
         try:
             either: list[asyncio.Future[Any]] = [opening, ending]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if opening.done():
                 opening.result()
-                announce.ready(hosting)
+                serving.started = True
+                announce.ready(serving)
                 await ending
                 LOGGER.info("draining: %d connections", server.connections)
         finally:
-            app.draining = True
+            serving.draining = True
             ending.cancel()
+            opening.cancel()
             await server.close(options.drain_s)
-            with contextlib.suppress(OnecardError):
-                await opening  # an engine that is still being opened cannot be left half made
-            await loop.run_in_executor(None, hosting.close_all, 0.0)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(opening, return_exceptions=True)
+            await guard.stop(_END_S)
+            await client.close()
     logging.getLogger(__name__).debug("the server ended")
-
-
-def _open(options: ServeOptions, folder: Path, on_batch: OnBatch) -> Engine:
-    return Engine.open(folder, options.device, options.engine(folder), on_batch)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,218 @@
+"""What the server costs at the door: pictures of 150,528 bytes as binary data, and a model that computes nothing.
+
+    python benchmarks/cpu_server.py --out benchmarks/results/cpu
+
+The load comes from a process of its own, 8 connections with one request each under way, over loopback, and is the same
+bytes for all. CPU is the processor time of all of a server's processes for each request. onecard's row goes through
+everything: HTTP, protocol, admission, shared memory, batching, staging, the answer. ``bare ASGI`` is uvicorn with a
+handler that reads the body and answers 4,000 bytes, and nothing else. Rounds are interleaved, the best of each is shown,
+all are in the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CONNECTIONS = 8
+PICTURE = 224 * 224 * 3
+CLASSES = 1000
+
+
+def run_null_engine(socket_path: Path) -> None:
+    """The engine's process: one model that computes nothing."""
+    import msgspec
+    import torch
+
+    from onecard.runtime.engine import Engine, EngineOptions
+    from onecard.runtime.limits import BatchPolicy
+    from onecard.runtime.null import NullModel
+    from onecard.server.engine_process import run_engine
+    from onecard.spec import TensorSpec, parse_spec
+
+    torch.set_num_threads(1)
+    spec = msgspec.structs.replace(
+        parse_spec(["image: uint8[B,224,224,3], B=1..64"]), outputs=(TensorSpec("scores", "float32", ("B", CLASSES)),)
+    )
+
+    def open_null(name: str, path: Path, options: Any, on_batch: Any) -> Engine:
+        return Engine([NullModel(spec)], EngineOptions(policy=BatchPolicy(queue_wait_s=10.0)), on_batch)
+
+    run_engine(socket_path, open_null)
+
+
+def onecard_server(ready: Any) -> None:
+    from onecard.server.http_server import Listen
+    from onecard.server.repository import Source
+    from onecard.server.serve import ServeOptions, run_server
+
+    class Announce:
+        def listening(self, server: Any) -> None:
+            self.port = server.port
+
+        def ready(self, serving: Any) -> None:
+            ready.send(self.port)
+
+    engine = (sys.executable, __file__)
+    run_server(ServeOptions({"null": Source(Path())}, Listen(port=0), engine=engine), Announce())
+
+
+def asgi_server(ready: Any) -> None:
+    import uvicorn
+
+    answer = bytes(4 * CLASSES)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            while (await receive())["type"] != "lifespan.shutdown":
+                await send({"type": "lifespan.startup.complete"})
+            return
+        body = b""
+        more = True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4000")]})
+        await send({"type": "http.response.body", "body": answer})
+
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    ready.send(listening.getsockname()[1])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, loop="uvloop"))
+    asyncio.run(server.serve([listening]))
+
+
+def request_bytes() -> bytes:
+    """The same request for all, as tritonclient sends it."""
+    head = {
+        "inputs": [
+            {
+                "name": "image",
+                "shape": [1, 224, 224, 3],
+                "datatype": "UINT8",
+                "parameters": {"binary_data_size": PICTURE},
+            }
+        ],
+        "parameters": {"binary_data_output": True},
+    }
+    text = json.dumps(head).encode()
+    lines = (
+        "POST /v2/models/null/infer HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"Content-Length: {len(text) + PICTURE}\r\nInference-Header-Content-Length: {len(text)}\r\n\r\n"
+    )
+    return lines.encode() + text + bytes(PICTURE)
+
+
+def load(port: int, seconds: float) -> int:
+    """Requests answered in so many seconds, each answer read to its end and checked to be one."""
+    payload = request_bytes()
+
+    async def one(until: float) -> int:
+        loop = asyncio.get_running_loop()
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        memory = bytearray(1 << 16)
+        count = 0
+        while time.perf_counter() < until:
+            await loop.sock_sendall(connection, payload)
+            got = await loop.sock_recv_into(connection, memory)
+            end = memory.find(b"\r\n\r\n", 0, got)
+            if not memory.startswith(b"HTTP/1.1 200") or end < 0:
+                raise SystemExit(f"not answered: {bytes(memory[: min(got, 300)])!r}")
+            lower = bytes(memory[:end]).lower()
+            length = int(lower.split(b"content-length: ")[1].split(b"\r\n")[0])
+            missing = end + 4 + length - got
+            while missing > 0:
+                missing -= await loop.sock_recv_into(connection, memory)
+            count += 1
+        connection.close()
+        return count
+
+    async def main() -> int:
+        until = time.perf_counter() + seconds
+        return sum(await asyncio.gather(*(one(until) for _ in range(CONNECTIONS))))
+
+    try:
+        import uvloop
+
+        return uvloop.run(main())
+    except ImportError:
+        return asyncio.run(main())
+
+
+SERVERS: dict[str, Callable[[Any], None]] = {"onecard": onecard_server, "bare ASGI (uvicorn)": asgi_server}
+
+
+def measure(name: str, seconds: float) -> dict[str, float]:
+    """One server, started, loaded and ended."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=SERVERS[name], args=(theirs,), daemon=True)
+    process.start()
+    port = ours.recv()
+    time.sleep(0.3)
+    load(port, 1.0)
+    front = psutil.Process(process.pid)
+    watched = [front, *front.children(recursive=True)]
+    before, began = [cpu_s(each) for each in watched], time.perf_counter()
+    count = load(port, seconds)
+    spent = time.perf_counter() - began
+    used = [cpu_s(each) - then for each, then in zip(watched, before, strict=True)]
+    process.terminate()
+    process.join(30)
+    return {"rate": count / spent, "cpu_us": sum(used) / count * 1e6, "front_us": used[0] / count * 1e6}
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--socket", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--die-with-parent", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.socket is not None:
+        run_null_engine(arguments.socket)
+        return
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.servers}
+    for _ in range(arguments.rounds):
+        for name in arguments.servers:
+            found[name].append(measure(name, arguments.seconds))
+            print(f"{name}: {found[name][-1]}", file=sys.stderr)
+    lines = [f"| 150,528-byte picture, {CONNECTIONS} connections | requests/s | µs of CPU each |", "|---|---|---|"]
+    for name, rounds in found.items():
+        best = max(rounds, key=lambda r: r["rate"])
+        lines.append(f"| {name} | {best['rate']:,.0f} | {best['cpu_us']:.0f} |")
+    print("\n".join(lines))
+    if arguments.out:
+        from onecard.environment import detect
+        from onecard.evidence import to_json
+
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        command = shlex.join(["python", *sys.argv])
+        result = {"command": command, "environment": json.loads(to_json(detect("cpu"))), "rounds": found}
+        (arguments.out / "server.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.out / "server.md").write_text("\n".join([*lines, "", f"`{command}`", ""]))
+
+
+if __name__ == "__main__":
+    main()

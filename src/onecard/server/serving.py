@@ -1,0 +1,136 @@
+"""What the front knows of the models: which there are, whom a request goes to, and what of it changes.
+
+Every way in (HTTP, gRPC) asks here, so that all of them see the same models and refuse alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from onecard.server.engine_answers import EngineAnswer
+from onecard.server.engine_client import EngineClient
+from onecard.server.engine_served import ServedModel
+from onecard.server.http_types import HttpError
+from onecard.server.oip_contract import InferContract
+from onecard.server.oip_repository import IndexEntry
+from onecard.server.oip_types import InferRequest
+from onecard.server.repository import Repository
+
+DEFAULT_PRIORITY = 2
+"""Of a request that names none: 1 goes before it, 3 and more behind."""
+SOON = ((b"Retry-After", b"1"),)
+
+
+class Serving:
+    """The models of a server.
+
+    Args:
+        client: the way to the engine.
+        repository: what may be loaded.
+
+    Attributes:
+        started: all models that the server begins with were opened.
+        draining: the server is going down: not ready any more.
+    """
+
+    def __init__(self, client: EngineClient, repository: Repository) -> None:
+        self.client = client
+        self.repository = repository
+        self.started = False
+        self.draining = False
+        self._changing: dict[str, asyncio.Lock] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model that is wanted answers."""
+        return self.started and not self.draining and all(map(self.is_model_ready, self.client.wanted))
+
+    def is_model_ready(self, name: str) -> bool:
+        """Whether a model answers now."""
+        model = self.client.models.get(name)
+        return not self.draining and self.client.connected and model is not None and model.state == "READY"
+
+    def find(self, name: str, version: str = "") -> tuple[ServedModel, InferContract]:
+        """A model that takes requests; an empty version is the one there is.
+
+        Raises:
+            HttpError: 404, there is none; 503, it does not serve now.
+        """
+        model = self.client.models.get(name)
+        if model is None:
+            if not self.started and name in self.repository.sources:
+                raise HttpError(503, f"model '{name}' is not ready: it is being loaded.", SOON)
+            known = ", ".join(self.client.models)
+            raise HttpError(404, f"there is no model '{name[:128]}': this server has {known}.")
+        if model.contract is None:
+            why = f" ({model.reason})" if model.reason else ""
+            raise HttpError(503, f"model '{name}' is not ready: {model.state.lower()}{why}.", SOON)
+        if version not in ("", model.version):
+            raise HttpError(404, f"model '{name}' has no version '{version[:32]}': it has {model.version}.")
+        return model, model.contract
+
+    def infer(self, name: str, asked: InferRequest, client: str) -> asyncio.Future[EngineAnswer]:
+        """Send a request to the engine; cancelling the future takes it back.
+
+        Args:
+            name: of the model.
+            asked: its inputs, deadline and priority.
+            client: whose it is.
+
+        Raises:
+            OnecardError: it cannot be taken on.
+        """
+        return self.client.infer(
+            name,
+            asked.inputs,
+            asked.dtypes,
+            timeout_s=asked.timeout_us / 1e6 if asked.timeout_us else None,
+            priority=asked.priority or DEFAULT_PRIORITY,
+            client=client,
+        )
+
+    def index(self) -> list[IndexEntry]:
+        """All models, those included that could be loaded."""
+        found = [IndexEntry(m.name, m.version, m.state, m.reason) for m in self.client.models.values()]
+        known = {entry.name for entry in found}
+        return found + [
+            IndexEntry(name, "", "UNAVAILABLE" if self.started or name not in self.repository.sources else "LOADING")
+            for name in self.repository.names()
+            if name not in known
+        ]
+
+    async def statistics(self, name: str = "") -> bytes:
+        """The body of the statistics extension, of one model or of all.
+
+        Raises:
+            OnecardError: the engine is not there to be asked.
+        """
+        told = (await self.client.ask()).statistics
+        if not name:
+            return told
+        stats = [each for each in msgspec.json.decode(told)["model_stats"] if each["name"] == name]
+        return msgspec.json.encode({"model_stats": stats})
+
+    async def load(self, name: str) -> None:
+        """Load a model, or load it again: the new one is proved and warm before the old one goes.
+
+        Raises:
+            HttpError: 404, there is no such bundle.
+            OnecardError: it cannot be opened; what served goes on.
+        """
+        source = self.repository.find(name)
+        async with self._changing.setdefault(name, asyncio.Lock()):
+            await self.client.load(name, source.path, source.options)
+
+    async def unload(self, name: str, drain_s: float = 30.0) -> None:
+        """Take no more requests for a model, answer those that wait, and release it.
+
+        Raises:
+            HttpError: 404, there is no such model.
+        """
+        if name not in self.client.models:
+            raise HttpError(404, f"there is no model '{name[:128]}'.")
+        async with self._changing.setdefault(name, asyncio.Lock()):
+            await self.client.unload(name, drain_s)
