@@ -147,18 +147,25 @@ class Batcher:
             work.queued = 0
             self._leave(work)
 
-    def expire(self, now: float) -> list[Work]:
+    def expire(self, now: float, in_flight_s: float = 0.0) -> list[Work]:
         """Give up the requests that wait, wholly or in part, though their deadline has passed.
+
+        Where more waits than one batch takes, those go too that would be late even if they were run next and alone:
+        their place is another's that is still in time.
 
         Args:
             now: the time.
+            in_flight_s: how long the device is predicted to be busy with batches given out before.
 
         Returns:
             These requests, the earliest deadline first, each once.
         """
-        if not self._deadlines.waiting:
+        first = self._deadlines.first_work()
+        if first is None:
             return []
-        passed = self._deadlines.passed(now)
+        kind: Kind = first.kind
+        crowded = self._bounds.items > 1 and self._bounds.rows > kind.limit
+        passed = self._deadlines.passed(now + in_flight_s + kind.least_s() if crowded else now)
         for work in passed:
             self.cancel(work)
         return passed

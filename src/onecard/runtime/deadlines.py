@@ -39,12 +39,17 @@ class Deadlines:
 
     def first(self) -> float:
         """The earliest deadline of those that wait; ``inf`` if none."""
+        first = self.first_work()
+        return math.inf if first is None else first.deadline
+
+    def first_work(self) -> Work | None:
+        """The one that waits with the earliest deadline; None if none has one."""
         heap = self._heap
         while heap:
             if heap[0][2].queued:
-                return heap[0][0]
+                return heap[0][2]
             heapq.heappop(heap)
-        return math.inf
+        return None
 
     def passed(self, now: float) -> list[Work]:
         """Those that wait though their deadline has passed, the earliest first; each is told once."""

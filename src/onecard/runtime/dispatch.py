@@ -237,7 +237,7 @@ class Dispatch:
         with self._wake:
             while True:
                 now = time.monotonic()
-                late = self._batcher.expire(now)
+                late = self._batcher.expire(now, self._busy_s(lane, now))
                 hold_until = self._hold(lane, now)
                 batch = None
                 if lane.retries:

@@ -100,6 +100,10 @@ class Kind:
             return self.seconds(min(self.limit, math.ceil(batches * self.limit - _ROUNDING)))
         return math.ceil(batches - _ROUNDING) * self.seconds(self.limit)
 
+    def least_s(self) -> float:
+        """What the smallest batch is predicted to take; 0 if that would be a guess."""
+        return self.seconds(1) if self._costs.has_lengths(self.fit(1)[1]) else 0.0
+
     def row_s(self) -> float:
         """Predicted seconds of one row in a full batch."""
         return self.seconds(self.limit) / self.limit

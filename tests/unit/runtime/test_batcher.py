@@ -346,6 +346,34 @@ def test_cancel_and_expire_give_back_at_once():
     assert queue.wake_at(5.0) == math.inf
 
 
+def test_where_many_wait_the_hopeless_make_room_for_those_still_in_time():
+    queue = batcher(EIGHT, linear(EIGHT, 1.0, 0.0))
+    soon, later = Work(8, deadline=1.5), Work(8, deadline=3.0)
+    queue.put(soon, 0.0)
+    assert queue.expire(0.6) == []  # it waits alone: it is tried
+    queue.put(later, 0.6)
+    assert queue.expire(0.4) == []
+    assert queue.expire(0.6) == [soon]  # any run takes a second
+    assert queue.expire(1.0, in_flight_s=0.9) == []
+    assert rows_of(queue.next(1.0)) == [(later, 0, 8)]
+
+
+def test_the_hopeless_are_told_by_what_runs_before_them():
+    queue = batcher(EIGHT, linear(EIGHT, 1.0, 0.0))
+    first, second = Work(8, deadline=4.0), Work(8, deadline=9.0)
+    for work in (first, second):
+        queue.put(work, 0.0)
+    assert queue.expire(1.0, in_flight_s=1.9) == []
+    assert queue.expire(1.0, in_flight_s=2.0) == [first]
+
+
+def test_what_was_never_measured_counts_for_nothing():
+    queue = batcher(EIGHT, [])
+    for deadline in (1.0, 2.0):
+        queue.put(Work(8, deadline=deadline), 0.0)
+    assert queue.expire(0.999) == []
+
+
 def test_bounds_are_refused_with_when_to_try_again():
     queue = batcher(Free(1), [({"B": 1}, 2.0)], queue_items=4, queue_bytes=100)
     for _ in range(4):
