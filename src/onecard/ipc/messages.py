@@ -1,4 +1,4 @@
-"""What a front and the engine say to each other, one message a packet, over a Unix socket that both hold open.
+"""What a front and the engine say to each other, in packets of messages, over a Unix socket that both hold open.
 
 Tensors travel in shared memory. Each front makes two segments of it and hands both over when it connects: it writes
 requests into the first and alone decides what is free there; the engine does the same with answers in the second. The
@@ -11,6 +11,7 @@ from then on. After an engine's death the front reads there which requests may h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -22,6 +23,8 @@ VERSION = 1
 
 WAITING, RUNNING = 0, 1
 """The two values of a mark (one unsigned 32-bit word, little-endian)."""
+
+_SHORT_ARRAY = 0x90  # "fixarray" of the MessagePack specification, with the length in its lower four bits
 
 MARK_BYTES = 64
 """Before a request's first tensor: the mark, and what aligns the tensor behind it."""
@@ -304,5 +307,19 @@ ToEngine: TypeAlias = Hello | Infer | Cancel | Sent | Load | Unload | Ask | Ping
 ToFront: TypeAlias = Welcome | Models | Answered | Refused | Done | Told | Pong
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
-decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
+"""One message as bytes; :func:`packet` makes of several what is sent."""
+
+decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode
+"""The messages of a packet from a front."""
+
+decode_to_front = msgspec.msgpack.Decoder(list[ToFront]).decode
+"""The messages of a packet from the engine."""
+
+MOST_IN_PACKET = 15
+PACKET_BYTES = 64 << 10
+"""A packet is not made larger than that by joining messages."""
+
+
+def packet(messages: Sequence[bytes]) -> bytes:
+    """A packet of encoded messages, at most :data:`MOST_IN_PACKET`: MessagePack's array of them."""
+    return b"%c%b" % (_SHORT_ARRAY | len(messages), b"".join(messages))

@@ -279,7 +279,7 @@ class Front:
         with contextlib.ExitStack() as undo:
             for fd in descriptors:
                 undo.callback(os.close, fd)
-            hello = decode_to_engine(data) if data else None
+            hello = next(iter(decode_to_engine(data)), None) if data else None
             if not isinstance(hello, Hello) or hello.version != VERSION or len(descriptors) != _DESCRIPTORS:
                 raise EngineError(f"the first message is not a Hello of version {VERSION} with two segments.")
             undo.pop_all()
@@ -296,7 +296,7 @@ class Front:
         self._greeted = True
         self.models.register(self.requests.array)
         self.outbox.send(encode(Welcome(VERSION, os.getpid())))
-        self.models.join(self.outbox.send)
+        self.models.join(self.outbox)
 
     def _receive(self) -> None:
         receive, decode, handlers, sock = packets.receive, decode_to_engine, self._handlers, self._sock
@@ -304,11 +304,12 @@ class Front:
             data, _ = receive(sock)
             if not data:
                 return
-            message = decode(data)
-            handler = handlers.get(type(message))
-            if handler is None:
-                raise EngineError(f"{type(message).__name__} came, which only the first message may be.")
-            handler(message)
+            for message in decode(data):
+                handler = handlers.get(type(message))
+                if handler is None:
+                    raise EngineError(f"{type(message).__name__} came, which only the first message may be.")
+                handler(message)
+            self.outbox.flush()  # what was answered while it was being asked
 
     def _infer(self, infer: Infer) -> None:
         run = Run(self, infer, time.monotonic())
@@ -346,7 +347,7 @@ class Front:
 
     def _end(self) -> None:
         """The front is gone: its requests are of no use, and its memory goes once nothing reads it."""
-        self.models.leave(self.outbox.send)
+        self.models.leave(self.outbox)
         self.outbox.close()
         self._on_gone(self)
         for run in list(self._open.values()):

@@ -13,7 +13,18 @@ import msgspec
 
 from onecard.errors import EngineError
 from onecard.ipc import packets
-from onecard.ipc.messages import VERSION, Hello, Message, Sent, ToFront, decode_to_front, encode
+from onecard.ipc.messages import (
+    MOST_IN_PACKET,
+    PACKET_BYTES,
+    VERSION,
+    Hello,
+    Message,
+    Sent,
+    ToFront,
+    decode_to_front,
+    encode,
+    packet,
+)
 from onecard.ipc.segment import Segment
 from onecard.server.engine_request import EngineRequest
 
@@ -52,6 +63,7 @@ class EngineLink:
         self._thread = threading.get_ident()
         self._receive, self._lost = receive, lost
         self._outgoing: deque[Message | EngineRequest] = deque()
+        self._sending = self._blocked = False
         self._released: deque[int] = deque()
         self._releasing = self._closed = False
         self._sock = packets.connect(path)
@@ -64,7 +76,7 @@ class EngineLink:
             raise
         try:
             hello = Hello(VERSION, os.getpid(), requests.nbytes, answer_bytes)
-            packets.send(self._sock, encode(hello), (requests.fd, self.answers.fd))
+            packets.send(self._sock, packet([encode(hello)]), (requests.fd, self.answers.fd))
             self._sock.setblocking(False)
             self._loop.add_reader(self._sock.fileno(), self._on_readable)
         except BaseException:
@@ -72,21 +84,13 @@ class EngineLink:
             raise
 
     def send(self, item: Message | EngineRequest) -> None:
-        """Send a message, or a request as it is once it can be sent."""
+        """Send a message, or a request as it is then: all that comes in one round of the loop goes together."""
         if self._closed:
             return
-        if not self._outgoing:
-            try:
-                if self._send_now(item):
-                    return
-            except ConnectionError:  # what it sent before it went is still to be read, and then its end
-                return
-            except (OSError, EngineError) as error:
-                # In the loop's next round: who sends does not expect that all changes under its hands.
-                self._loop.call_soon(self._end, f"it takes no messages: {error}")
-                return
-            self._loop.add_writer(self._sock.fileno(), self._on_writable)
         self._outgoing.append(item)
+        if not (self._sending or self._blocked):
+            self._sending = True
+            self._loop.call_soon(self._send_outgoing)
 
     def give_back(self, offset: int) -> None:
         """Tell the engine that a part of the segment of answers is free; from any thread, in the middle of anything."""
@@ -108,36 +112,56 @@ class EngineLink:
             return
         self._closed = True
         self._loop.remove_reader(self._sock.fileno())
-        if self._outgoing:
+        if self._blocked:
             self._loop.remove_writer(self._sock.fileno())
-            self._outgoing.clear()
+        self._outgoing.clear()
         self._sock.close()
         self.answers.close()
 
-    def _send_now(self, item: Message | EngineRequest) -> bool:
-        """Send one message; False if the socket is full."""
-        message = item.message() if isinstance(item, EngineRequest) else item
-        if message is None:
-            return True
+    def _send_outgoing(self) -> None:
+        """Send what waits, in packets, until the socket is full."""
+        self._sending = False
+        if self._closed:
+            return
         try:
-            packets.send(self._sock, encode(message))
-        except BlockingIOError:
-            return False
-        if isinstance(item, EngineRequest):
-            item.sent = True
-        return True
-
-    def _on_writable(self) -> None:
-        try:
-            while self._outgoing and self._send_now(self._outgoing[0]):
-                self._outgoing.popleft()
-        except ConnectionError:
+            while self._outgoing:
+                if not self._send_packet():
+                    if not self._blocked:
+                        self._blocked = True
+                        self._loop.add_writer(self._sock.fileno(), self._send_outgoing)
+                    return
+        except ConnectionError:  # what it sent before it went is still to be read, and then its end
             self._outgoing.clear()
         except (OSError, EngineError) as error:
             self._end(f"it takes no messages: {error}")
             return
-        if not self._outgoing:
+        if self._blocked:
+            self._blocked = False
             self._loop.remove_writer(self._sock.fileno())
+
+    def _send_packet(self) -> bool:
+        """Send the next messages in one packet; False if the socket is full."""
+        encoded: list[bytes] = []
+        nbytes = taken = 0
+        for item in self._outgoing:
+            message = item.message() if isinstance(item, EngineRequest) else item
+            if message is not None:
+                data = encode(message)
+                if encoded and (len(encoded) == MOST_IN_PACKET or nbytes + len(data) > PACKET_BYTES):
+                    break
+                encoded.append(data)
+                nbytes += len(data)
+            taken += 1
+        try:
+            if encoded:
+                packets.send(self._sock, packet(encoded))
+        except BlockingIOError:
+            return False
+        for _ in range(taken):
+            item = self._outgoing.popleft()
+            if isinstance(item, EngineRequest):
+                item.sent = True
+        return True
 
     def _on_readable(self) -> None:
         for _ in range(_MOST_AT_ONCE):
@@ -152,7 +176,8 @@ class EngineLink:
                 self._end("it closed the connection")
                 return
             try:
-                self._receive(decode_to_front(data))
+                for message in decode_to_front(data):
+                    self._receive(message)
             except (msgspec.MsgspecError, ValueError, TypeError, KeyError, EngineError) as error:
                 self._end(f"it sent what cannot be understood: {error!r}")
                 return

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -21,12 +21,26 @@ from onecard.ipc.messages import Done, Load, ModelOptions, Models, ModelState, T
 from onecard.runtime.engine import Engine
 from onecard.runtime.faults import is_device_lost
 from onecard.runtime.lane import OnBatch
+from onecard.runtime.stats import BatchStats
 from onecard.server.counters import Counters
 from onecard.server.engine_refusals import failed, in_a_line
 from onecard.server.oip_metadata import model_statistics
 
 OpenModel: TypeAlias = Callable[[str, Path, ModelOptions, OnBatch], Engine]
-"""Opens a model: its name, its bundle, how, and what to tell of every batch."""
+"""Opens a model: its name, its bundle, how, and what to tell of every batch once its answers are given."""
+
+
+class Listener(Protocol):
+    """The outbox of a front."""
+
+    def send(self, data: bytes) -> None:
+        """Send an encoded message."""
+        ...
+
+    def flush(self) -> None:
+        """Send what was put there: a batch is over."""
+        ...
+
 
 Memory: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -80,7 +94,7 @@ class EngineModels:
         self._memories: list[Memory] = []
         self._engines_lock = threading.Lock()  # memories, and which engines know them
         self._states: dict[str, ModelState] = {}
-        self._listeners: list[Callable[[bytes], None]] = []
+        self._listeners: tuple[Listener, ...] = ()
         self._states_lock = threading.Lock()  # also: the order in which changes are told
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._loading = 0
@@ -117,16 +131,16 @@ class EngineModels:
 
     # for fronts
 
-    def join(self, listener: Callable[[bytes], None]) -> None:
+    def join(self, listener: Listener) -> None:
         """Tell a front of all models, now and after each change, as an encoded :class:`Models`."""
         with self._states_lock:
-            self._listeners.append(listener)
-            listener(self._told())
+            self._listeners = (*self._listeners, listener)
+            listener.send(self._told())
 
-    def leave(self, listener: Callable[[bytes], None]) -> None:
+    def leave(self, listener: Listener) -> None:
         """Tell a front nothing any more."""
-        with self._states_lock, contextlib.suppress(ValueError):
-            self._listeners.remove(listener)
+        with self._states_lock:
+            self._listeners = tuple(each for each in self._listeners if each is not listener)
 
     def register(self, memory: Memory) -> None:
         """Let inputs be copied to the device from where they lie in this memory, also by models loaded later."""
@@ -216,7 +230,7 @@ class EngineModels:
             self._change(asked.name, reason="another version is being opened")
         counters = Counters()
         try:
-            engine = self._open(asked.name, Path(asked.path), asked.options, counters.ran)
+            engine = self._open(asked.name, Path(asked.path), asked.options, lambda stats: self._ran(counters, stats))
         except Exception as error:
             if is_device_lost(error):
                 self._on_lost(f"the device was lost when model '{asked.name}' was opened: {in_a_line(error)}")
@@ -275,9 +289,15 @@ class EngineModels:
             told = self._told()
             for listener in self._listeners:
                 try:
-                    listener(told)
+                    listener.send(told)
                 except EngineError:
                     _LOGGER.exception("a front could not be told of the models")
+
+    def _ran(self, counters: Counters, stats: BatchStats) -> None:
+        """A batch is over, and its answers are in the outboxes."""
+        counters.ran(stats)
+        for listener in self._listeners:
+            listener.flush()
 
     def _told(self) -> bytes:
         return encode(Models(tuple(self._states.values())))

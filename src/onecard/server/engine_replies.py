@@ -80,10 +80,10 @@ class Replies:
             )
 
     def send(self, solved: Solved) -> None:
-        """Send an answer that was checked, at once or when there is room for it."""
+        """Put an answer that was checked in the outbox, at once or when there is room for it."""
         if sum([output.array.nbytes for output in solved.outputs]) <= INLINE_BYTES:
             tensors = tuple([Tensor(name, dtype, a.shape, -1, a.tobytes()) for name, dtype, a in solved.outputs])
-            self._outbox.send(_encoded(solved, tensors))
+            self._outbox.put(_encoded(solved, tensors))
             return
         with self._lock:
             offsets = None if self._waiting else self._take(solved)
@@ -109,6 +109,7 @@ class Replies:
                 ready.append((self._waiting.popleft(), taken))
         for solved, taken in ready:
             self._place(solved, taken)
+        self._outbox.flush()
 
     @property
     def waiting(self) -> int:
@@ -134,7 +135,7 @@ class Replies:
             if offset >= 0:
                 np.copyto(np.ndarray(array.shape, array.dtype, self._memory, offset), array)
             tensors.append(Tensor(name, dtype, array.shape, offset))
-        self._outbox.send(_encoded(solved, tuple(tensors)))
+        self._outbox.put(_encoded(solved, tuple(tensors)))
 
 
 def outputs_of(answers: Mapping[str, Array]) -> list[Output]:

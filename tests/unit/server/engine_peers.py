@@ -27,6 +27,7 @@ from onecard.ipc.messages import (
     Welcome,
     decode_to_front,
     encode,
+    packet,
 )
 from onecard.ipc.segment import Segment
 
@@ -54,23 +55,26 @@ class Peer:
         self.sock.settimeout(PATIENCE_S)
         self.requests = Segment.create("test-requests", 64 << 20)
         self.answers = Segment.create("test-answers", answer_bytes)
+        self.arrived: list = []
         self.kept: list = []
         self.ids = itertools.count(1)
         self.calls = itertools.count(1)
         self.next_place = 0
         self.marks: dict[int, int] = {}
         hello = Hello(VERSION, os.getpid(), self.requests.nbytes, answer_bytes)
-        packets.send(self.sock, encode(hello), (self.requests.fd, self.answers.fd))
+        packets.send(self.sock, packet([encode(hello)]), (self.requests.fd, self.answers.fd))
         self.pid = self.find(lambda m: isinstance(m, Welcome)).pid
 
     def send(self, message) -> None:
-        packets.send(self.sock, encode(message))
+        packets.send(self.sock, packet([encode(message)]))
 
     def receive(self):
-        data, _ = packets.receive(self.sock)
-        if not data:
-            raise EOFError
-        return decode_to_front(data)
+        if not self.arrived:
+            data, _ = packets.receive(self.sock)
+            if not data:
+                raise EOFError
+            self.arrived += decode_to_front(data)
+        return self.arrived.pop(0)
 
     def find(self, wanted):
         """The first message that is wanted; the others are kept."""

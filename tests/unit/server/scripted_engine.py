@@ -46,6 +46,7 @@ from onecard.ipc.messages import (
     Welcome,
     decode_to_engine,
     encode,
+    packet,
 )
 from onecard.ipc.segment import Segment
 from onecard.spec import Range, Spec, TensorSpec
@@ -85,7 +86,7 @@ class ScriptedEngine:
         self.later: list[Infer] = []
         self.running_s = 0.0
         data, descriptors = packets.receive(sock, 2)
-        hello = decode_to_engine(data)
+        (hello,) = decode_to_engine(data)
         assert isinstance(hello, Hello)
         self.requests = Segment.attach(descriptors[0], hello.request_bytes)
         self.answers = Segment.attach(descriptors[1], hello.answer_bytes)
@@ -95,14 +96,14 @@ class ScriptedEngine:
         self.say(Welcome(version, os.getpid()))
         self.say(Models(()))
         while data := packets.receive(self.sock)[0]:
-            message = decode_to_engine(data)
-            if isinstance(message, Quit):
-                self.journal.write("quit", life=self.life, drain_s=message.drain_s)
-                return
-            getattr(self, f"on_{type(message).__name__.lower()}")(message)
+            for message in decode_to_engine(data):
+                if isinstance(message, Quit):
+                    self.journal.write("quit", life=self.life, drain_s=message.drain_s)
+                    return
+                getattr(self, f"on_{type(message).__name__.lower()}")(message)
 
     def say(self, message: Message) -> None:
-        packets.send(self.sock, encode(message))
+        packets.send(self.sock, packet([encode(message)]))
 
     def on_infer(self, request: Infer) -> None:
         facts = msgspec.to_builtins(request)

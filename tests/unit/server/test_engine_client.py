@@ -442,6 +442,7 @@ def test_what_cannot_be_sent_at_once_is_sent_later_and_what_is_of_no_use_never(o
         await asyncio.sleep(0.05)
         x = np.zeros((1, 4), np.float32)
         futures = [peer.infer(f"answer 99 {'-' * 4000}", x=x) for _ in range(900)]  # more than the socket takes
+        await asyncio.sleep(0.05)
         unsent = [future for future in futures if not future.sent]
         assert 0 < len(unsent) < 900
         used = peer.client.used_bytes

@@ -23,6 +23,7 @@ from onecard.ipc.messages import (
     Sent,
     Unload,
     decode_to_front,
+    packet,
 )
 from onecard.runtime.engine import Engine, EngineOptions
 from onecard.runtime.null import NullModel
@@ -247,15 +248,25 @@ def test_the_memory_of_a_front_is_known_to_all_models_from_then_on_and_forgotten
     models.close(0.0)
 
 
+class Told(list):
+    """What a front was sent."""
+
+    def send(self, data):
+        self.append(data)
+
+    def flush(self):
+        """Nothing is put here."""
+
+
 def test_who_left_is_told_nothing():
     models = EngineModels(lambda *_: Engine([NullModel(spec_of("float32"))]), pytest.fail)
-    stays, leaves = [], []
-    models.join(stays.append), models.join(leaves.append)
-    models.leave(leaves.append)
-    models.leave(leaves.append)
+    stays, leaves = Told(), Told()
+    models.join(stays), models.join(leaves)
+    models.leave(leaves)
+    models.leave(leaves)
     load(models, "a")
     assert len(leaves) == 1 and len(stays) > 1
-    assert decode_to_front(stays[-1]).models[0].state == "READY"
+    assert decode_to_front(packet([stays[-1]]))[0].models[0].state == "READY"
     models.close(0.0)
     with pytest.raises(UsageError, match="there is no model 'x': this engine has a"):
         models.find("x")

@@ -28,6 +28,7 @@ from onecard.ipc.messages import (
     Tensor,
     Told,
     encode,
+    packet,
 )
 from onecard.ipc.segment import Segment
 from onecard.server.engine_process import EXIT_LOST
@@ -256,9 +257,9 @@ def test_what_does_not_fit_is_refused(peer, tensor):
     [
         b"\xc1",
         b"not msgpack at all",
-        encode(Hello(VERSION, 1, 4096, 4096)),
-        encode(Sent((4096,))),
-        encode(Models(())),
+        packet([encode(Hello(VERSION, 1, 4096, 4096))]),
+        packet([encode(Sent((4096,)))]),
+        packet([encode(Models(()))]),
     ],
     ids=["no-type", "garbage", "hello-twice", "never-sent", "wrong-way"],
 )
@@ -281,7 +282,7 @@ def test_who_does_not_say_hello_rightly_is_not_let_in(place, peer, kind):
     sizes = (8192, 4096) if kind == "wrong-size" else (8192, segments[1].nbytes)
     message = Ping(1) if kind == "not-hello" else Hello(version, 1, *sizes)
     descriptors = [s.fd for s in segments][: {"no-segments": 0, "one-segment": 1, "not-hello": 0}.get(kind, 2)]
-    packets.send(sock, encode(message), descriptors)
+    packets.send(sock, packet([encode(message)]), descriptors)
     assert packets.receive(sock) == (b"", [])
     sock.close()
     peer.load("calm", "add-0")
