@@ -68,6 +68,23 @@ def onecard_server(ready: Any) -> None:
     run_server(ServeOptions({"null": Source(Path())}, Listen(port=0), engine=engine), Announce())
 
 
+def front_server(ready: Any) -> None:
+    """HTTP alone: every request has the same answer."""
+    import uvloop
+
+    from onecard.server.http_server import Listen, serve_http
+    from onecard.server.http_types import HttpService, Response
+
+    answer = Response(200, [], [bytes(4 * CLASSES)])
+
+    async def serve() -> None:
+        server = await serve_http(HttpService(lambda request: answer), Listen(port=0))
+        ready.send(server.port)
+        await asyncio.Event().wait()
+
+    uvloop.run(serve())
+
+
 def asgi_server(ready: Any) -> None:
     import uvicorn
 
@@ -153,7 +170,11 @@ def load(port: int, seconds: float) -> int:
         return asyncio.run(main())
 
 
-SERVERS: dict[str, Callable[[Any], None]] = {"onecard": onecard_server, "bare ASGI (uvicorn)": asgi_server}
+SERVERS: dict[str, Callable[[Any], None]] = {
+    "onecard": onecard_server,
+    "its HTTP alone": front_server,
+    "bare ASGI (uvicorn)": asgi_server,
+}
 
 
 def measure(name: str, seconds: float) -> dict[str, float]:

@@ -47,6 +47,8 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     ] = None,
     host: Annotated[str, typer.Option(envvar="ONECARD_HOST", help="The address to listen on.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(envvar="ONECARD_HTTP_PORT", help="0 for one that is free.")] = 8000,
+    grpc: Annotated[bool, typer.Option(envvar="ONECARD_GRPC", help="Whether to serve gRPC as well.")] = True,
+    grpc_port: Annotated[int, typer.Option(envvar="ONECARD_GRPC_PORT", help="0 for one that is free.")] = 8001,
     uds: Annotated[Path | None, typer.Option(envvar="ONECARD_UDS", help="Also a Unix-domain socket there.")] = None,
     device: Annotated[str, typer.Option(envvar="ONECARD_DEVICE", help="auto, cpu or cuda:0.")] = "auto",
     device_memory: Annotated[
@@ -112,6 +114,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     from onecard.server.config import model_options, named_bundles
     from onecard.server.engine_client import ClientOptions
     from onecard.server.engine_guard import GuardOptions
+    from onecard.server.grpc_limits import GrpcListen
     from onecard.server.http_server import Listen
     from onecard.server.http_tls import tls_context
     from onecard.server.http_types import HttpLimits
@@ -140,6 +143,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         model_repository,
         _model(model_options(ctx, "")),
         drain_s=parse_duration(drain_timeout),
+        grpc=GrpcListen(host, grpc_port, None, 0o600, tls_certificate, tls_key, tls_client_ca) if grpc else None,
     )
     run_server(options, _Announcer())
 
@@ -179,6 +183,9 @@ class _Announcer:
     def listening(self, server: HttpServer) -> None:
         for each in server.sockets:
             _err.print(f"listening on {escape(_address(each.getsockname()))}", soft_wrap=True)
+
+    def listening_grpc(self, port: int) -> None:
+        _err.print(f"gRPC on port {port}")
 
     def ready(self, serving: Serving) -> None:
         for model in serving.client.models.values():

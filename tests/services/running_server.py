@@ -64,7 +64,7 @@ class Server:
 @contextlib.contextmanager
 def serving(*words: str, environment: dict[str, str] | None = None) -> Iterator[tuple[int, Server]]:
     """A server that is ready: its port, and itself. Nothing of it is left afterwards."""
-    server = Server(*words, "--http-port", "0", environment=environment)
+    server = Server(*words, "--http-port", "0", "--grpc-port", "0", environment=environment)
     try:
         yield server.wait_until_ready(), server
     finally:

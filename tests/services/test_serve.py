@@ -295,7 +295,7 @@ def test_a_unix_domain_socket(tmp_path, golden):
 )
 def test_mistakes_end_in_one_message(words, code, text):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "onecard", "serve", *words, "--http-port", "0"],
+        [sys.executable, "-W", "ignore", "-m", "onecard", "serve", *words, "--http-port", "0", "--no-grpc"],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == code, done.stderr

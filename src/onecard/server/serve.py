@@ -10,15 +10,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from onecard.errors import UsageError
+from onecard.errors import MissingDependencyError, UsageError
 from onecard.ipc.messages import ModelOptions
 from onecard.server.access import Access
 from onecard.server.app import App, access_logger, body_memory
 from onecard.server.device_regions import DeviceRegions
 from onecard.server.engine_client import ClientOptions, EngineClient
 from onecard.server.engine_guard import EngineGuard, GuardOptions
+from onecard.server.grpc_limits import GrpcLimits, GrpcListen
 from onecard.server.http_server import HttpServer, Listen, serve_http
 from onecard.server.http_types import LOGGER, HttpLimits, HttpService
 from onecard.server.logs import AccessLog
@@ -26,6 +27,9 @@ from onecard.server.repository import Repository, Source
 from onecard.server.serving import Serving
 from onecard.server.shared_regions import SharedRegions
 from onecard.server.system_regions import SystemRegions
+
+if TYPE_CHECKING:
+    from onecard.server.grpc_server import GrpcServer
 
 _END_S = 5.0  # for an engine that has nothing to do any more
 ENGINE_COMMAND = (sys.executable, "-m", "onecard.server.engine_process")
@@ -36,6 +40,10 @@ class Announce(Protocol):
 
     def listening(self, server: HttpServer) -> None:
         """It listens; models are still being opened."""
+        ...
+
+    def listening_grpc(self, port: int) -> None:
+        """It listens for gRPC too."""
         ...
 
     def ready(self, serving: Serving) -> None:
@@ -59,6 +67,7 @@ class ServeOptions:
         folder: of further bundles that may be loaded while it runs.
         model: how bundles of the folder are opened.
         engine: the command that starts an engine process.
+        grpc: where to listen for gRPC; None for nowhere.
         drain_s: how long requests that came in may take once the server was told to end.
     """
 
@@ -73,6 +82,7 @@ class ServeOptions:
     folder: Path | None = None
     model: ModelOptions = field(default_factory=ModelOptions)
     engine: Sequence[str] = ENGINE_COMMAND
+    grpc: GrpcListen | None = None
     drain_s: float = 30.0
 
 
@@ -114,6 +124,11 @@ async def _serve(options: ServeOptions, announce: Announce) -> None:
     app = App(serving, options.access, regions)
     service = HttpService(app, body_memory(client), on_answer=access_logger(AccessLog(options.access_log)))
     server = await serve_http(service, options.listen, options.limits)
+    try:
+        rpcs = await _serve_grpc(options, serving, regions, announce)
+    except BaseException:
+        await server.close()
+        raise
     told = asyncio.Event()
     announce.listening(server)
     with _signals(loop, told):
@@ -132,12 +147,34 @@ async def _serve(options: ServeOptions, announce: Announce) -> None:
             serving.draining = True
             ending.cancel()
             opening.cancel()
+            rpcs_closing = asyncio.ensure_future(rpcs.close(options.drain_s)) if rpcs is not None else None
             await server.close(options.drain_s)
+            if rpcs_closing is not None:
+                await rpcs_closing
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.gather(opening, return_exceptions=True)
             await guard.stop(_END_S)
             await client.close()
     logging.getLogger(__name__).debug("the server ended")
+
+
+async def _serve_grpc(
+    options: ServeOptions, serving: Serving, regions: SharedRegions, announce: Announce
+) -> GrpcServer | None:
+    if options.grpc is None:
+        return None
+    from onecard.server.grpc_server import serve_grpc
+    from onecard.server.grpc_serving import GrpcServing
+
+    limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes, max_connections=options.limits.max_connections)
+    try:
+        rpcs = await serve_grpc(GrpcServing(serving, options.access, regions), options.grpc, limits)
+    except MissingDependencyError as error:
+        LOGGER.warning("there is no gRPC: %s", error)
+        return None
+    if rpcs.port is not None:
+        announce.listening_grpc(rpcs.port)
+    return rpcs
 
 
 @contextlib.contextmanager
