@@ -45,6 +45,9 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         Path | None,
         typer.Option(envvar="ONECARD_MODEL_REPOSITORY", help="A folder of bundles that may be loaded while it runs."),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option(envvar="ONECARD_WATCH", help="Load, reload and unload as the repository's folder changes.")
+    ] = False,
     host: Annotated[str, typer.Option(envvar="ONECARD_HOST", help="The address to listen on.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(envvar="ONECARD_HTTP_PORT", help="0 for one that is free.")] = 8000,
     grpc: Annotated[bool, typer.Option(envvar="ONECARD_GRPC", help="Whether to serve gRPC as well.")] = True,
@@ -141,6 +144,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         access_log,
         shared_memory_prefix,
         model_repository,
+        watch,
         _model(model_options(ctx, "")),
         drain_s=parse_duration(drain_timeout),
         grpc=GrpcListen(host, grpc_port, None, 0o600, tls_certificate, tls_key, tls_client_ca) if grpc else None,

@@ -154,3 +154,24 @@ def test_a_configuration_file(tmp_path):
         "tom",
         "mine",
     )
+
+
+def test_models_follow_a_folder(tmp_path, golden):
+    shutil.copytree(GOLDEN, tmp_path / "first.onecard")
+    with serving("--model-repository", str(tmp_path), "--watch") as (port, server):
+        client = triton.InferenceServerClient(f"127.0.0.1:{port}")
+        assert states(client) == {"first": "READY"}
+        shutil.copytree(GOLDEN, tmp_path / ".second.tmp")
+        (tmp_path / ".second.tmp").rename(tmp_path / "second.onecard")
+        wait_for(lambda: client.is_model_ready("second"), server)
+        assert client.infer("second", [image(golden)]).as_numpy("output").shape == (1, 10)
+        shutil.rmtree(tmp_path / "second.onecard")
+        wait_for(lambda: states(client).get("second") == "UNAVAILABLE", server)
+        assert client.is_model_ready("first")
+
+
+def wait_for(true, server, limit_s: float = 60.0) -> None:
+    end = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < end, server.output
+        time.sleep(0.1)

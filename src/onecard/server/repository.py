@@ -77,7 +77,7 @@ class Repository:
         if self.folder is not None and self.folder.is_dir():
             for path in sorted(self.folder.iterdir()):
                 name = path.name.removesuffix(SUFFIX)
-                if is_name(name) and _is_bundle(path):
+                if is_name(name) and self._is_bundle(path):
                     found.setdefault(name)
         return list(found)
 
@@ -91,11 +91,12 @@ class Repository:
             return self.sources[name]
         if self.folder is not None and is_name(name):
             for path in (self.folder / f"{name}{SUFFIX}", self.folder / name):
-                if _is_bundle(path):
+                if self._is_bundle(path):
                     return Source(path, self._options)
         raise HttpError(404, f"there is no model '{name[:128]}' to load: there are {', '.join(self.names())}.")
 
-
-def _is_bundle(path: Path) -> bool:
-    """Whether a bundle lies there; what a link points to lies elsewhere."""
-    return (path / MANIFEST).is_file() and not path.is_symlink()
+    def _is_bundle(self, path: Path) -> bool:
+        """Whether a bundle lies there, and not elsewhere behind a link."""
+        assert self.folder is not None
+        inside = path.resolve().is_relative_to(self.folder.resolve())
+        return inside and (path / MANIFEST).is_file()

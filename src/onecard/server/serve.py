@@ -19,6 +19,7 @@ from onecard.server.app import App, access_logger, body_memory
 from onecard.server.device_regions import DeviceRegions
 from onecard.server.engine_client import ClientOptions, EngineClient
 from onecard.server.engine_guard import EngineGuard, GuardOptions
+from onecard.server.follow import follow, load_all
 from onecard.server.grpc_limits import GrpcLimits, GrpcListen
 from onecard.server.http_server import HttpServer, Listen, serve_http
 from onecard.server.http_types import LOGGER, HttpLimits, HttpService
@@ -27,6 +28,7 @@ from onecard.server.repository import Repository, Source
 from onecard.server.serving import Serving
 from onecard.server.shared_regions import SharedRegions
 from onecard.server.system_regions import SystemRegions
+from onecard.server.watch import FolderWatch
 
 if TYPE_CHECKING:
     from onecard.server.grpc_server import GrpcServer
@@ -65,6 +67,7 @@ class ServeOptions:
         access_log: which part of all requests is logged, from 0 to 1; those that failed here always are.
         shared_memory: what the system's shared-memory objects that clients may name begin with; None for none.
         folder: of further bundles that may be loaded while it runs.
+        follow: whether the models are to follow what is in the folder.
         model: how bundles of the folder are opened.
         engine: the command that starts an engine process.
         grpc: where to listen for gRPC; None for nowhere.
@@ -80,6 +83,7 @@ class ServeOptions:
     access_log: float = 0.0
     shared_memory: str | None = None
     folder: Path | None = None
+    follow: bool = False
     model: ModelOptions = field(default_factory=ModelOptions)
     engine: Sequence[str] = ENGINE_COMMAND
     grpc: GrpcListen | None = None
@@ -99,6 +103,8 @@ def run_server(options: ServeOptions, announce: Announce) -> None:
     """
     if not options.sources and options.folder is None:
         raise UsageError("there is nothing to serve.", "Name at least one bundle, or a --model-repository.")
+    if options.follow and options.folder is None:
+        raise UsageError("there is no folder to follow.", "Name one: --model-repository FOLDER.")
     main = _serve(options, announce)
     try:
         import uvloop
@@ -121,6 +127,7 @@ async def _serve(options: ServeOptions, announce: Announce) -> None:
     guard = EngineGuard(options.engine, client, desired, options.guard)
     serving = Serving(client, Repository(options.sources, options.folder, options.model))
     regions = SharedRegions(SystemRegions(options.shared_memory), DeviceRegions(None))
+    watch = FolderWatch(options.folder) if options.follow and options.folder is not None else None
     app = App(serving, options.access, regions)
     service = HttpService(app, body_memory(client), on_answer=access_logger(AccessLog(options.access_log)))
     server = await serve_http(service, options.listen, options.limits)
@@ -132,30 +139,40 @@ async def _serve(options: ServeOptions, announce: Announce) -> None:
     told = asyncio.Event()
     announce.listening(server)
     with _signals(loop, told):
-        opening = asyncio.ensure_future(guard.start())
+        opening = asyncio.ensure_future(_open(guard, serving, watch))
         ending = asyncio.ensure_future(told.wait())
+        following: list[asyncio.Task[None]] = []
         try:
             either: list[asyncio.Future[Any]] = [opening, ending]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if opening.done():
                 opening.result()
-                serving.started = True
+                if watch is not None:
+                    following.append(asyncio.create_task(follow(watch, serving)))
                 announce.ready(serving)
                 await ending
                 LOGGER.info("draining: %d connections", server.connections)
         finally:
             serving.draining = True
-            ending.cancel()
-            opening.cancel()
+            for task in (ending, opening, *following):
+                task.cancel()
             rpcs_closing = asyncio.ensure_future(rpcs.close(options.drain_s)) if rpcs is not None else None
             await server.close(options.drain_s)
             if rpcs_closing is not None:
                 await rpcs_closing
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(opening, return_exceptions=True)
+                await asyncio.gather(opening, *following, return_exceptions=True)
             await guard.stop(_END_S)
             await client.close()
     logging.getLogger(__name__).debug("the server ended")
+
+
+async def _open(guard: EngineGuard, serving: Serving, watch: FolderWatch | None) -> None:
+    """Start the engine and open all models."""
+    await guard.start()
+    if watch is not None:
+        await load_all(watch, serving)
+    serving.started = True
 
 
 async def _serve_grpc(
