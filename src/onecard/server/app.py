@@ -14,6 +14,7 @@ from onecard import __version__
 from onecard.server.access import Access, Kind
 from onecard.server.engine_answers import EngineAnswer
 from onecard.server.engine_client import EngineClient
+from onecard.server.engine_request import EngineRequest
 from onecard.server.http_types import BodyAllocator, HttpError, Request, Response
 from onecard.server.logs import AccessLog, Entry, RequestIds
 from onecard.server.oip_contract import InferContract
@@ -29,9 +30,10 @@ from onecard.server.oip_metadata import (
 from onecard.server.oip_repository import check_change, parse_index, repository_index
 from onecard.server.oip_request import binary_lead, parse_infer
 from onecard.server.oip_response import encode_infer
+from onecard.server.oip_seen import DEFAULT_PRIORITY, SeenHead
 from onecard.server.oip_shared_memory import Place, find_place, shared_memory_routes
-from onecard.server.oip_types import InferRequest, RegionAccess
-from onecard.server.serving import DEFAULT_PRIORITY, Serving
+from onecard.server.oip_types import InferResponse
+from onecard.server.serving import Serving
 from onecard.server.shared_regions import SharedRegions
 
 EXTENSIONS = (*CODEC_EXTENSIONS, "model_configuration", "model_repository", "statistics")
@@ -178,16 +180,24 @@ class App:
         await self.serving.unload(name)
         return _json(b"{}")
 
-    async def _infer(self, request: Request, name: str, version: str) -> Response:
+    def _infer(self, request: Request, name: str, version: str) -> EngineRequest:
         _, contract = self.serving.find(name, version)
+        json_length = _json_length(request)
+        seen = self.serving.seen(name, contract)
+        head = seen.find(request.body, json_length)
+        if head is not None and json_length is not None:
+            sent = self.serving.client.infer_body(name, request.body, head, json_length, request.client)
+            if sent is not None:
+                sent.finish = lambda answer: _encoded_seen(head, answer, contract, name)
+                return sent
         access = self._regions.access(self.serving.client.allocate)
-        asked = parse_infer(request.body, _json_length(request), contract, access)
-        answer = await self.serving.infer(name, asked, request.client)
-        try:
-            return _encoded(asked, answer, contract, name, access)
-        except BaseException:
-            answer.release()
-            raise
+        asked = parse_infer(request.body, json_length, contract, access)
+        seen.learn(request.body, json_length, asked)
+        sent = self.serving.infer(name, asked, request.client)
+        sent.finish = lambda answer: _response(
+            encode_infer(asked, answer.outputs, contract, (name, answer.version), access), answer
+        )
+        return sent
 
 
 def body_memory(client: EngineClient) -> BodyAllocator:
@@ -229,14 +239,20 @@ def access_logger(log: AccessLog) -> Callable[[Request, Response, int], None]:
     return write
 
 
-def _encoded(
-    asked: InferRequest, answer: EngineAnswer, contract: InferContract, name: str, access: RegionAccess | None
-) -> Response:
+def _encoded_seen(head: SeenHead, answer: EngineAnswer, contract: InferContract, name: str) -> Response:
+    """The answer to a request of this head."""
+    encoded = head.answer(answer.outputs, answer.version)
+    if encoded is None:
+        encoded = encode_infer(head.asked, answer.outputs, contract, (name, answer.version))
+        head.learn(answer.outputs, answer.version, encoded)
+    return _response(encoded, answer)
+
+
+def _response(encoded: InferResponse, answer: EngineAnswer) -> Response:
     """An answer as it is sent; the engine has its memory back when that is done."""
-    encoded = encode_infer(asked, answer.outputs, contract, (name, answer.version), access)
     headers = [(b"Content-Type", encoded.content_type)]
     if encoded.json_length is not None:
-        headers.append((b"Inference-Header-Content-Length", str(encoded.json_length).encode()))
+        headers.append((b"Inference-Header-Content-Length", b"%d" % encoded.json_length))
     return Response(200, headers, encoded.body, answer.release)
 
 

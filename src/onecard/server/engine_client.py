@@ -31,10 +31,11 @@ from onecard.server.engine_answers import EngineAnswer, error_of
 from onecard.server.engine_calls import Calls, Ended
 from onecard.server.engine_in_flight import InFlight, late
 from onecard.server.engine_link import EngineLink
-from onecard.server.engine_memory import RequestMemory
+from onecard.server.engine_memory import Placed, RequestMemory
 from onecard.server.engine_request import EngineRequest
 from onecard.server.engine_served import ServedModel, ServedModels, Wanted
 from onecard.server.http_types import LOGGER
+from onecard.server.oip_seen import SeenHead
 from onecard.server.oip_types import Array
 
 
@@ -198,7 +199,7 @@ class EngineClient:
         timeout_s: float | None = None,
         priority: int = 0,
         client: str = "",
-    ) -> asyncio.Future[EngineAnswer]:
+    ) -> EngineRequest:
         """Ask for an answer. Without an engine it waits for the next one; cancelling the future tells the engine.
 
         Args:
@@ -218,15 +219,33 @@ class EngineClient:
             QueueFullError: too many wait for an engine.
             EngineClosedError: the client is closed.
         """
-        hold = self._link is None or model in self._served.recovering
-        if hold:
-            self._check_open()
-            self._in_flight.check_room()
-        request = EngineRequest(self._loop, self._memory.place(inputs, dtypes), self._in_flight.cancel)
-        request.model, request.priority, request.client = model, priority, client
-        request.deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._in_flight.add(request, hold)
-        return request
+        hold = self._hold(model)
+        return self._ask(self._memory.place(inputs, dtypes), (model, priority, client, timeout_s), hold)
+
+    def infer_body(
+        self, model: str, body: memoryview, head: SeenHead, json_length: int, client: str
+    ) -> EngineRequest | None:
+        """As :meth:`infer`, of a body that was received into :meth:`allocate`'s memory, without a look at its data.
+
+        Args:
+            model: its name.
+            body: the whole of it; it must not change before the answer.
+            head: what its JSON says.
+            json_length: of it.
+            client: whose request it is, for fairness.
+
+        Returns:
+            None if the body does not lie there.
+
+        Raises:
+            QueueFullError: too many wait for an engine.
+            EngineClosedError: the client is closed.
+        """
+        hold = self._hold(model)
+        placed = self._memory.place_body(body, json_length, head.places)
+        if placed is None:
+            return None
+        return self._ask(placed, (model, head.priority, client, head.timeout_s), hold)
 
     async def load(self, name: str, path: Path, options: ModelOptions, version: str = "") -> None:
         """Open a bundle beside what serves under this name, prove and warm it, and let it serve.
@@ -299,6 +318,21 @@ class EngineClient:
         self._in_flight.fail_all(lambda: EngineClosedError("the server closed before the request was answered."))
         self._memory.close()
 
+    def _ask(self, placed: Placed, how: tuple[str, int, str, float | None], hold: bool) -> EngineRequest:
+        request = EngineRequest(self._loop, placed, self._in_flight.cancel)
+        request.model, request.priority, request.client, timeout_s = how
+        request.deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._in_flight.add(request, hold)
+        return request
+
+    def _hold(self, model: str) -> bool:
+        """Whether a new request must wait for an engine, of which there must be room for one more."""
+        hold = self._link is None or model in self._served.recovering
+        if hold:
+            self._check_open()
+            self._in_flight.check_room()
+        return hold
+
     async def _call(self, make: Callable[[int], Load | Unload | Ask], ended: Ended | None = None) -> Told | None:
         if self._link is None:
             if ended is not None:
@@ -328,7 +362,7 @@ class EngineClient:
             answer.release()
             request.set_exception(late(request))
         else:
-            request.set_result(answer)
+            request.solve(answer)
 
     def _on_refused(self, message: Refused) -> None:
         self.answered += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from onecard.ipc.arena import Arena, ArenaFullError
 from onecard.ipc.messages import MARK_BYTES, RUNNING, WAITING, Tensor
 from onecard.ipc.segment import Segment
 from onecard.server.http_types import HttpError
+from onecard.server.oip_seen import Place
 from onecard.server.oip_types import Array
 
 _ALIGNMENT_BYTES = 64
@@ -149,6 +150,29 @@ class RequestMemory:
             for name, array in inputs.items()
         ]
         return Placed(lease, tuple(tensors), arrays)
+
+    def place_body(self, body: memoryview, json_length: int, places: Sequence[Place]) -> Placed | None:
+        """Give a mark to a request whose inputs lie, as binary data, in a body that was received where we lent memory.
+
+        Args:
+            body: the whole of it.
+            json_length: of what stands before the data.
+            places: of the inputs in the data.
+
+        Returns:
+            The inputs; None if the body lies elsewhere, not aligned, or is another request's too.
+        """
+        lease: object = body.obj
+        if not isinstance(lease, Lease) or lease.marked:
+            return None
+        data = lease.nbytes - body.nbytes + json_length  # what we lend for a body ends with it
+        if data % _ALIGNMENT_BYTES or data < MARK_BYTES:
+            return None
+        data += lease.offset
+        lease.marked = True
+        self.clear_mark(lease)
+        tensors = tuple([Tensor(name, dtype, shape, data + offset) for name, dtype, shape, offset in places])
+        return Placed(lease, tensors, ())
 
     def is_running(self, lease: Lease) -> bool:
         """Whether the engine had put a row of the request with this mark into a batch."""

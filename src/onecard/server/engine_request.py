@@ -12,7 +12,7 @@ from onecard.server.engine_answers import EngineAnswer
 from onecard.server.engine_memory import Placed
 
 
-class EngineRequest(asyncio.Future[EngineAnswer]):
+class EngineRequest(asyncio.Future[Any]):
     """A request on its way; awaited, it is its answer.
 
     Args:
@@ -30,10 +30,11 @@ class EngineRequest(asyncio.Future[EngineAnswer]):
         alone: whether it may have killed an engine.
         deaths: how many engines died while it was running.
         sent: whether the engine has it.
+        finish: makes of the answer what the future gives; None for the answer itself.
     """
 
-    __slots__ = ("alone", "client", "deadline", "deaths", "id", "model", "on_cancel", "order", "placed", "priority",
-                 "sent")  # fmt: skip
+    __slots__ = ("alone", "client", "deadline", "deaths", "finish", "id", "model", "on_cancel", "order", "placed",
+                 "priority", "sent")  # fmt: skip
 
     order: int
     model: str
@@ -48,6 +49,7 @@ class EngineRequest(asyncio.Future[EngineAnswer]):
         self.placed: Placed | None = placed
         self.on_cancel = on_cancel
         self.id = -1
+        self.finish: Callable[[EngineAnswer], Any] | None = None
         self.alone = self.sent = False
         self.deaths = 0
 
@@ -63,6 +65,17 @@ class EngineRequest(asyncio.Future[EngineAnswer]):
         if self.placed is not None:
             self.placed.lease.marked = False
             self.placed = None
+
+    def solve(self, answer: EngineAnswer) -> None:
+        """The answer is there."""
+        if self.finish is None:
+            self.set_result(answer)
+            return
+        try:
+            self.set_result(self.finish(answer))
+        except Exception as error:
+            answer.release()
+            self.set_exception(error)
 
     def fail(self, error: OnecardError) -> None:
         """No engine has it, or will have it; whoever waits for it gets the error."""

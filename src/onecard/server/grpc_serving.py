@@ -12,8 +12,9 @@ from onecard.server.grpc_face import Answers, Caller, RegionEntry, Right
 from onecard.server.oip_contract import InferContract
 from onecard.server.oip_metadata import model_config, model_metadata, server_metadata
 from onecard.server.oip_repository import repository_index
+from onecard.server.oip_seen import DEFAULT_PRIORITY
 from onecard.server.oip_types import InferRequest, RegionAccess
-from onecard.server.serving import DEFAULT_PRIORITY, Serving
+from onecard.server.serving import Serving
 from onecard.server.shared_regions import SharedRegions
 from onecard.server.system_regions import SystemRegion
 

@@ -9,17 +9,16 @@ import asyncio
 
 import msgspec
 
-from onecard.server.engine_answers import EngineAnswer
 from onecard.server.engine_client import EngineClient
+from onecard.server.engine_request import EngineRequest
 from onecard.server.engine_served import ServedModel
 from onecard.server.http_types import HttpError
 from onecard.server.oip_contract import InferContract
 from onecard.server.oip_repository import IndexEntry
+from onecard.server.oip_seen import DEFAULT_PRIORITY, SeenHeads
 from onecard.server.oip_types import InferRequest
 from onecard.server.repository import Repository
 
-DEFAULT_PRIORITY = 2
-"""Of a request that names none: 1 goes before it, 3 and more behind."""
 SOON = ((b"Retry-After", b"1"),)
 
 
@@ -40,6 +39,7 @@ class Serving:
         self.repository = repository
         self.started = False
         self.draining = False
+        self._seen: dict[str, SeenHeads] = {}
         self._changing: dict[str, asyncio.Lock] = {}
 
     @property
@@ -71,7 +71,14 @@ class Serving:
             raise HttpError(404, f"model '{name}' has no version '{version[:32]}': it has {model.version}.")
         return model, model.contract
 
-    def infer(self, name: str, asked: InferRequest, client: str) -> asyncio.Future[EngineAnswer]:
+    def seen(self, name: str, contract: InferContract) -> SeenHeads:
+        """The heads of requests that a model's clients sent before."""
+        found = self._seen.get(name)
+        if found is None or found.contract is not contract:
+            found = self._seen[name] = SeenHeads(contract)
+        return found
+
+    def infer(self, name: str, asked: InferRequest, client: str) -> EngineRequest:
         """Send a request to the engine; cancelling the future takes it back.
 
         Args:
