@@ -47,6 +47,7 @@ from onecard.server.engine_replies import Replies, Solved, outputs_of
 
 _DESCRIPTORS = 2
 _numbers = itertools.count(1)
+_LOOK_S = 0.005
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -59,7 +60,7 @@ class Run:
         began: when, in seconds of ``time.monotonic``.
     """
 
-    __slots__ = ("_answer", "_cancelled", "_front", "_serving", "alone", "began", "infer")
+    __slots__ = ("_answer", "_cancelled", "_front", "_marked", "_serving", "alone", "began", "infer")
 
     def __init__(self, front: Front, infer: Infer, began: float) -> None:
         self._front = front
@@ -68,7 +69,7 @@ class Run:
         self.alone = infer.alone
         self._answer: Answer | None = None
         self._serving: Serving | None = None
-        self._cancelled = False
+        self._cancelled = self._marked = False
 
     @property
     def deadline(self) -> float:
@@ -135,6 +136,7 @@ class Run:
                     raise  # else it was replaced at this moment
 
     def _mark(self) -> None:
+        self._marked = True
         self._front.requests.mark(self.infer.mark)
 
     def _over(self, answer: Future[dict[str, Any]]) -> None:
@@ -146,9 +148,23 @@ class Run:
         except Exception as error:
             if self._serving is not None and not isinstance(error, EngineClosedError):
                 self._front.models.check(self._serving)
-            self._end(error)
+            self._end_unread(error, time.monotonic())
         else:
             self._end(EngineError("the request was cancelled.") if self._cancelled else None, outputs)
+
+    def _end_unread(self, error: Exception, failed: float) -> None:
+        """End it without an answer, once no batch that began before that can be reading its inputs any more.
+
+        The front gives their memory to other requests then; and a request that came in several batches may have failed
+        with the first of them, or its time may have been over before the second.
+        """
+        serving = self._serving
+        if self._marked and serving is not None and serving.engine.running_s > time.monotonic() - failed:
+            timer = threading.Timer(_LOOK_S, self._end_unread, (error, failed))
+            timer.daemon = True
+            timer.start()
+        else:
+            self._end(error)
 
     def _end(
         self, error: Exception | None, outputs: Mapping[str, Array] | None = None, *, entered: bool = True

@@ -1,0 +1,75 @@
+"""One request within the engine's process: when it ends."""
+
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+
+from onecard.errors import DeadlineError
+from onecard.ipc.messages import Infer, Refused, decode_to_front, packet
+from onecard.server.counters import Counters
+from onecard.server.engine_fronts import Run
+
+
+class Engine:
+    """Its oldest batch began at a moment of the test's choice; None is none."""
+
+    spec = None
+
+    def __init__(self) -> None:
+        self.oldest: float | None = None
+        self.answer: Future = Future()
+
+    @property
+    def running_s(self) -> float:
+        return 0.0 if self.oldest is None else time.monotonic() - self.oldest
+
+    def submit(self, inputs, *, on_start, **_):
+        self.on_start = on_start
+        return self.answer
+
+
+@pytest.fixture
+def parts():
+    engine, sent = Engine(), []
+    serving = SimpleNamespace(engine=engine, counters=Counters(), as_tensors=False, version="1")
+    front = SimpleNamespace(
+        models=SimpleNamespace(find=lambda name: serving, check=lambda serving: None),
+        requests=SimpleNamespace(mark=lambda offset: None),
+        outbox=SimpleNamespace(send=sent.append),
+        gate=SimpleNamespace(leave=lambda: None),
+        forget=lambda run: None,
+    )
+    run = Run(front, Infer(7, "m", 0, ()), time.monotonic())
+    run.submit(None)
+    return engine, sent
+
+
+def wait_for(sent: list[bytes]) -> Refused:
+    end = time.monotonic() + 10
+    while not sent:
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    (message,) = decode_to_front(packet(sent))
+    return message
+
+
+def test_one_that_never_ran_is_refused_at_once(parts):
+    engine, sent = parts
+    engine.oldest = time.monotonic() - 1  # of others
+    engine.answer.set_exception(DeadlineError("late"))
+    assert (wait_for(sent).id, len(sent)) == (7, 1)
+
+
+def test_one_that_ran_is_refused_when_no_batch_of_its_time_runs_any_more(parts):
+    engine, sent = parts
+    engine.on_start()
+    engine.oldest = time.monotonic() - 1
+    engine.answer.set_exception(DeadlineError("late"))
+    time.sleep(0.1)
+    assert not sent, "a batch may still be reading its inputs"
+    engine.oldest = time.monotonic()  # a later one reads others
+    assert wait_for(sent).kind == "DeadlineError"
+    time.sleep(0.05)
+    assert len(sent) == 1
