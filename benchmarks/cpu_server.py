@@ -5,14 +5,15 @@
 The load comes from a process of its own, 8 connections with one request each under way, over loopback, and is the same
 bytes for all. CPU is the processor time of all of a server's processes for each request. onecard's row goes through
 everything: HTTP, protocol, admission, shared memory, batching, staging, the answer. ``bare ASGI`` is uvicorn with a
-handler that reads the body and answers 4,000 bytes, and nothing else. Rounds are interleaved, the best of each shown;
-all are in the JSON.
+handler that reads the body and answers 4,000 bytes, and nothing else, if uvicorn is installed. Rounds are interleaved,
+the best of each shown; all are in the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import multiprocessing
 import shlex
@@ -28,6 +29,7 @@ import psutil
 CONNECTIONS = 8
 PICTURE = 224 * 224 * 3
 CLASSES = 1000
+ASGI = "bare ASGI (uvicorn)"
 
 
 def run_null_engine(socket_path: Path) -> None:
@@ -174,7 +176,7 @@ def load(port: int, seconds: float) -> int:
 SERVERS: dict[str, Callable[[Any], None]] = {
     "onecard": onecard_server,
     "its HTTP alone": front_server,
-    "bare ASGI (uvicorn)": asgi_server,
+    ASGI: asgi_server,
 }
 
 
@@ -208,7 +210,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    here = [name for name in SERVERS if name != ASGI or importlib.util.find_spec("uvicorn")]
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=here)
     parser.add_argument("--socket", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--die-with-parent", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
