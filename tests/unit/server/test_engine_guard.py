@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from onecard.errors import BundleError, EngineClosedError, EngineError
+from onecard.ipc import packets
 from onecard.ipc.messages import ModelOptions
 from onecard.server.engine_child import EngineChild, describe_exit
 from onecard.server.engine_client import ClientOptions, EngineClient
-from onecard.server.engine_guard import EngineGuard, GuardOptions
+from onecard.server.engine_guard import EngineGuard, GuardOptions, sweep
 from tests.unit.server.http_peers import LOOPS, new_loop
 from tests.unit.server.scripted_engine import Journal
 
@@ -453,3 +454,22 @@ asyncio.run(main())
 @pytest.fixture(autouse=True)
 def _all_is_logged(caplog):
     caplog.set_level(logging.INFO, "onecard.server")
+
+
+def test_what_killed_servers_left_is_removed_and_nothing_else(tmp_path):
+    def folder(name: str, hours: float) -> Path:
+        made = tmp_path / name
+        made.mkdir()
+        (made / "0.sock").touch()
+        os.utime(made, (time.time() - hours * 3600,) * 2)
+        return made
+
+    left, young, other = folder("onecard-engine-a", 2), folder("onecard-engine-b", 0.5), folder("else", 2)
+    used = tmp_path / "onecard-engine-c"
+    used.mkdir()
+    with contextlib.closing(packets.listen(used / "1.sock")):
+        os.utime(used, (time.time() - 7200,) * 2)
+        (tmp_path / "onecard-engine-link").symlink_to(other)
+        sweep(tmp_path)
+        assert not left.exists()
+        assert young.exists() and other.exists() and used.exists()
