@@ -98,6 +98,9 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
             envvar="ONECARD_SHARED_MEMORY_PREFIX", help="Clients may share memory whose name begins with this."
         ),
     ] = None,
+    cuda_shared_memory: Annotated[
+        bool, typer.Option(envvar="ONECARD_CUDA_SHARED_MEMORY", help="Clients may share memory of the card.")
+    ] = False,
     hang_timeout: Annotated[
         str, typer.Option(envvar="ONECARD_HANG_TIMEOUT", help="An engine silent for so long is started again.")
     ] = "10s",
@@ -143,6 +146,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         access,
         access_log,
         shared_memory_prefix,
+        cuda_shared_memory,
         model_repository,
         watch,
         _model(model_options(ctx, "")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 
@@ -83,3 +84,16 @@ def test_without_a_prefix_there_is_none():
         with pytest.raises(InferenceServerException, match="not enabled"):
             client.register_system_shared_memory("a", "/onecard-x", 8)
         assert "system_shared_memory" not in client.get_server_metadata()["extensions"]
+
+
+def test_cuda_shared_memory_that_cannot_be_opened_is_refused_and_harms_nothing(golden):
+    handle = base64.b64encode(bytes(64)).decode()
+    with serving(f"m={GOLDEN}", "--cuda-shared-memory", "--device", "cpu") as (port, _):
+        client = triton.InferenceServerClient(f"127.0.0.1:{port}")
+        assert "cuda_shared_memory" in client.get_server_metadata()["extensions"]
+        with pytest.raises(InferenceServerException):
+            client.register_cuda_shared_memory("a", handle.encode(), 0, 8)
+        assert client.get_cuda_shared_memory_status() == []
+        tensor = triton.InferInput("image", [1, 3, 16, 16], "FP32")
+        tensor.set_data_from_numpy(np.ascontiguousarray(golden["in.image"][:1]))
+        assert client.infer("m", [tensor]).as_numpy("output").shape == (1, 10)

@@ -38,7 +38,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
 
 
 class Tensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """An array in a segment, or in the message.
+    """An array in a segment, in the message, or in a client's memory on the device.
 
     Args:
         name: of the input or output.
@@ -46,6 +46,7 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
         shape: of the array, contiguous.
         offset: in the segment, in bytes, aligned to 64; -1 if ``data`` holds it.
         data: the bytes, if they are few.
+        region: of the device's memory that a client registered; then ``offset`` is in that. Empty for the segment.
     """
 
     name: str
@@ -53,6 +54,23 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
     shape: tuple[int, ...]
     offset: int = -1
     data: bytes = b""
+    region: str = ""
+
+
+class Target(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where an output is to be written, instead of being sent.
+
+    Args:
+        output: its name.
+        region: of the device's memory.
+        offset: in it, in bytes.
+        byte_size: of the place.
+    """
+
+    output: str
+    region: str
+    offset: int
+    byte_size: int
 
 
 class ModelOptions(msgspec.Struct, frozen=True):
@@ -129,6 +147,7 @@ class Infer(Message, frozen=True):
         priority: 0 goes first.
         client: whose request it is, for fairness.
         alone: it may have killed an engine: run it when nothing else runs.
+        targets: outputs that are to be written to a client's memory on the device.
     """
 
     id: int
@@ -139,6 +158,7 @@ class Infer(Message, frozen=True):
     priority: int = 0
     client: str = ""
     alone: bool = False
+    targets: tuple[Target, ...] = ()
 
 
 class Cancel(Message, frozen=True):
@@ -183,6 +203,31 @@ class Unload(Message, frozen=True):
     call: int
     name: str
     drain_s: float = 30.0
+
+
+class OpenRegion(Message, frozen=True):
+    """Open memory of the device that another process shares, for this front's requests; answered by :class:`Done`.
+
+    Args:
+        call: to find the answer by.
+        name: of the region.
+        handle: 64 bytes, a ``cudaIpcMemHandle_t``.
+        device: the card's number.
+        byte_size: of the region.
+    """
+
+    call: int
+    name: str
+    handle: bytes
+    device: int
+    byte_size: int
+
+
+class CloseRegion(Message, frozen=True):
+    """Forget a region; answered by :class:`Done`."""
+
+    call: int
+    name: str
 
 
 class Ask(Message, frozen=True):
@@ -303,7 +348,7 @@ class Pong(Message, frozen=True):
     loading: bool = False
 
 
-ToEngine: TypeAlias = Hello | Infer | Cancel | Sent | Load | Unload | Ask | Ping | Quit
+ToEngine: TypeAlias = Hello | Infer | Cancel | Sent | Load | Unload | OpenRegion | CloseRegion | Ask | Ping | Quit
 ToFront: TypeAlias = Welcome | Models | Answered | Refused | Done | Told | Pong
 
 encode = msgspec.msgpack.Encoder().encode

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from onecard.errors import OnecardError
 from onecard.server.oip_types import ProtocolError
 from onecard.server.system_regions import already_registered, check_name, not_registered
 
@@ -90,23 +89,6 @@ class DeviceRegions:
         """Forget every region."""
         for name in list(self._regions):
             await self.unregister(name)
-
-    async def open_again(self) -> list[str]:
-        """After the engine was started anew, have it open every region again.
-
-        Returns:
-            The names of those that it could not open; they are forgotten.
-        """
-        if self._engine is None:
-            return []
-        lost = []
-        for name, region in list(self._regions.items()):
-            try:
-                await self._engine.open_region(region)
-            except OnecardError:
-                self._regions.pop(name, None)
-                lost.append(name)
-        return lost
 
     def status(self, name: str = "") -> list[DeviceRegion]:
         """One region, or with an empty name all of them.

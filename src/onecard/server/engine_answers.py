@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from onecard.errors import EngineError, OnecardError, QueueFullError
 from onecard.ipc.messages import Answered, Done, Refused, Tensor
 from onecard.ipc.segment import Segment
 from onecard.server.engine_memory import Lease, lend
-from onecard.server.oip_types import DATATYPES, Array
+from onecard.server.oip_types import DATATYPES, Array, Written
 
 _ERRORS = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, OnecardError)
@@ -28,7 +29,7 @@ class EngineAnswer:
         give_back: called with the offset of each part of the segment that may be used again, from any thread.
 
     Attributes:
-        outputs: by name, bfloat16 as int16.
+        outputs: arrays by name, bfloat16 as int16; :class:`Written` for one that is in the device's memory.
         version: of the model that answered.
         queue_s: how long the request waited.
         total_s: from when the engine had it to its answer.
@@ -43,7 +44,12 @@ class EngineAnswer:
 
     def __init__(self, answered: Answered, segment: Segment, give_back: Callable[[int], None]) -> None:
         self._leases: list[Lease] = []
-        self.outputs = {tensor.name: self._array(tensor, segment, give_back) for tensor in answered.outputs}
+        self.outputs: dict[str, Any] = {
+            tensor.name: Written(tensor.dtype, tensor.shape)
+            if tensor.region
+            else self._array(tensor, segment, give_back)
+            for tensor in answered.outputs
+        }
         self.version = answered.version
         self.queue_s = answered.queue_s
         self.total_s = answered.total_s

@@ -14,10 +14,13 @@ from onecard.ipc.messages import (
     VERSION,
     Answered,
     Ask,
+    CloseRegion,
     Done,
     Load,
+    Message,
     ModelOptions,
     Models,
+    OpenRegion,
     Ping,
     Pong,
     Quit,
@@ -27,11 +30,12 @@ from onecard.ipc.messages import (
     Unload,
     Welcome,
 )
+from onecard.server.device_regions import DeviceRegion
 from onecard.server.engine_answers import EngineAnswer, error_of
 from onecard.server.engine_calls import Calls, Ended
 from onecard.server.engine_in_flight import InFlight, late
 from onecard.server.engine_link import EngineLink
-from onecard.server.engine_memory import Placed, RequestMemory
+from onecard.server.engine_memory import NOT_ON_DEVICE, OnDevice, Placed, RequestMemory
 from onecard.server.engine_request import EngineRequest
 from onecard.server.engine_served import ServedModel, ServedModels, Wanted
 from onecard.server.http_types import LOGGER
@@ -86,6 +90,7 @@ class EngineClient:
         self._in_flight = InFlight(self._memory, options.max_runs, options.max_waiting)
         self._served = ServedModels()
         self._calls = Calls()
+        self._regions: dict[str, DeviceRegion] = {}
         self._link: EngineLink | None = None  # over which requests are sent
         self._coming: EngineLink | None = None  # the engine has not said yet that it is one
         self._welcome: asyncio.Future[Welcome] | None = None
@@ -190,7 +195,7 @@ class EngineClient:
         """
         return self._memory.allocate(nbytes, lead)
 
-    def infer(
+    def infer(  # noqa: PLR0913 - the keywords are the interface
         self,
         model: str,
         inputs: Mapping[str, Array],
@@ -199,6 +204,7 @@ class EngineClient:
         timeout_s: float | None = None,
         priority: int = 0,
         client: str = "",
+        device: OnDevice = NOT_ON_DEVICE,
     ) -> EngineRequest:
         """Ask for an answer. Without an engine it waits for the next one; cancelling the future tells the engine.
 
@@ -210,6 +216,7 @@ class EngineClient:
             timeout_s: from now on; None for the model's default.
             priority: 0 goes first.
             client: whose request it is, for fairness.
+            device: what lies, or is to be written, in regions of :meth:`open_region`.
 
         Returns:
             The answer to be; it raises what the engine raised, DeadlineError, or EngineError if it kills engines.
@@ -220,7 +227,10 @@ class EngineClient:
             EngineClosedError: the client is closed.
         """
         hold = self._hold(model)
-        return self._ask(self._memory.place(inputs, dtypes), (model, priority, client, timeout_s), hold)
+        placed = self._memory.place(inputs, dtypes)
+        if device.inputs or device.outputs:
+            placed = placed._replace(tensors=(*placed.tensors, *device.inputs), targets=device.outputs)
+        return self._ask(placed, (model, priority, client, timeout_s), hold)
 
     def infer_body(
         self, model: str, body: memoryview, head: SeenHead, json_length: int, client: str
@@ -270,6 +280,26 @@ class EngineClient:
         await self._call(
             lambda call: Unload(call, name, drain_s), lambda ok: self._served.wanted.pop(name, None) if ok else None
         )
+
+    async def open_region(self, region: DeviceRegion) -> None:
+        """Have the engine, and all that come after it, open memory of the device that another process shares.
+
+        Raises:
+            OnecardError: it cannot be opened, or there is no engine.
+        """
+        await self._call(
+            lambda call: _opening(call, region),
+            lambda ok: self._regions.update({region.name: region}) if ok else None,
+        )
+
+    async def close_region(self, name: str) -> None:
+        """Have the engine forget a region.
+
+        Raises:
+            OnecardError: there is no engine; the next one will not know it.
+        """
+        self._regions.pop(name, None)
+        await self._call(lambda call: CloseRegion(call, name))
 
     async def ask(self) -> Told:
         """What the engine counts and holds.
@@ -333,7 +363,7 @@ class EngineClient:
             self._in_flight.check_room()
         return hold
 
-    async def _call(self, make: Callable[[int], Load | Unload | Ask], ended: Ended | None = None) -> Told | None:
+    async def _call(self, make: Callable[[int], Message], ended: Ended | None = None) -> Told | None:
         if self._link is None:
             if ended is not None:
                 ended(False)
@@ -388,7 +418,12 @@ class EngineClient:
             raise EngineError(f"it speaks version {message.version} of the messages, expected {VERSION}")
         self._welcome.set_result(message)
         self._link, self._coming = self._coming, None
-        self._in_flight.link = self._link
+        link = self._in_flight.link = self._link
+        for region in self._regions.values():  # before any request that may speak of it
+            call, opened = self._calls.begin()
+            opened.add_done_callback(_log_failure)
+            if link is not None:
+                link.send(_opening(call, region))
         self._in_flight.send_held(lambda model: model not in self._served.recovering)
 
     def _tell_changed(self) -> None:
@@ -414,3 +449,12 @@ class EngineClient:
                 link.close()
         self._link = self._coming = self._in_flight.link = None
         self._calls.fail_all(lambda: EngineError(f"the engine is gone: {reason}."))
+
+
+def _opening(call: int, region: DeviceRegion) -> OpenRegion:
+    return OpenRegion(call, region.name, region.handle, region.device, region.byte_size)
+
+
+def _log_failure(opened: asyncio.Future[Told | None]) -> None:
+    if not opened.cancelled() and (error := opened.exception()) is not None:
+        LOGGER.error("shared memory is not known to the new engine: %s", error)

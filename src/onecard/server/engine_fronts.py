@@ -22,10 +22,12 @@ from onecard.ipc.messages import (
     VERSION,
     Ask,
     Cancel,
+    CloseRegion,
     Done,
     Hello,
     Infer,
     Load,
+    OpenRegion,
     Ping,
     Pong,
     Quit,
@@ -38,10 +40,12 @@ from onecard.ipc.messages import (
 from onecard.ipc.segment import Segment
 from onecard.runtime.future import Answer
 from onecard.runtime.slots import Array
+from onecard.server.cuda_regions import OpenMemory
+from onecard.server.engine_device import DeviceMemory
 from onecard.server.engine_gate import Gate
 from onecard.server.engine_inputs import Requests
 from onecard.server.engine_models import EngineModels, Serving
-from onecard.server.engine_outbox import PATIENCE_S, Outbox
+from onecard.server.engine_outbox import Outbox
 from onecard.server.engine_refusals import failed, in_a_line, refused
 from onecard.server.engine_replies import Replies, Solved, outputs_of
 
@@ -123,8 +127,10 @@ class Run:
                 serving.counters.came()
             self._serving = serving
             as_tensors = serving.as_tensors
-            inputs = {
-                tensor.name: front.requests.view(tensor, as_tensors or tensor.dtype == "bfloat16")
+            inputs: dict[str, Array] = {
+                tensor.name: front.regions.input(tensor)
+                if tensor.region
+                else front.requests.view(tensor, as_tensors or tensor.dtype == "bfloat16")
                 for tensor in infer.inputs
             }
             try:
@@ -202,8 +208,10 @@ class Run:
         if self._answer is None or self._answer.timing is None or self._serving is None:
             raise EngineError("the engine did not say how long the request took.")
         timing = self._answer.timing
+        outputs, written = self._front.regions.place(outputs, self.infer.targets)
         queue_s = timing.queue_s + max(0.0, total_s - timing.total_s)  # at the gate, too
-        return Solved(self.infer.id, outputs_of(outputs), queue_s, total_s, timing.batch_rows, self._serving.version)
+        sent = outputs_of(outputs)
+        return Solved(self.infer.id, sent, queue_s, total_s, timing.batch_rows, self._serving.version, written)
 
 
 class Front:
@@ -215,7 +223,7 @@ class Front:
         gate: likewise.
         on_quit: called if this front asks the process to end, with the seconds it may take.
         on_gone: called once it is over.
-        patience_s: a front that reads nothing for so long is dropped.
+        open_memory: opens memory of the device that a client shares; None for CUDA's.
     """
 
     requests: Requests
@@ -228,11 +236,12 @@ class Front:
         gate: Gate,
         on_quit: Callable[[float], None],
         on_gone: Callable[[Front], None],
-        patience_s: float = PATIENCE_S,
+        open_memory: OpenMemory | None = None,
     ) -> None:
         self.models = models
         self.gate = gate
-        self.outbox = Outbox(sock, patience_s)
+        self.outbox = Outbox(sock)
+        self.regions = DeviceMemory(open_memory)
         self._sock = sock
         self._on_quit = on_quit
         self._on_gone = on_gone
@@ -245,6 +254,8 @@ class Front:
             Sent: lambda sent: self.replies.free(sent.offsets),
             Cancel: self._cancel,
             Ping: self._ping,
+            OpenRegion: lambda asked: self._done(self.regions.open(asked)),
+            CloseRegion: lambda asked: self._done(self.regions.close(asked)),
             Ask: self._ask,
             Load: lambda load: models.load(load, self._done),
             Unload: lambda unload: models.unload(unload, self._done),
@@ -375,6 +386,7 @@ class Front:
             self.models.unregister(self._segments[0].array)
         for segment in self._segments:
             segment.close()
+        self.regions.release()
         self._sock.close()
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from onecard.ipc.arena import Arena, ArenaFullError
-from onecard.ipc.messages import MARK_BYTES, RUNNING, WAITING, Tensor
+from onecard.ipc.messages import MARK_BYTES, RUNNING, WAITING, Target, Tensor
 from onecard.ipc.segment import Segment
 from onecard.server.http_types import HttpError
 from onecard.server.oip_seen import Place
@@ -70,11 +70,28 @@ class Placed(NamedTuple):
         lease: the part whose beginning is the request's mark.
         tensors: where the inputs lie.
         arrays: what keeps their memory, besides the lease.
+        targets: outputs that are to be written to the device's memory.
     """
 
     lease: Lease
     tensors: tuple[Tensor, ...]
     arrays: tuple[Array, ...]
+    targets: tuple[Target, ...] = ()
+
+
+class OnDevice(NamedTuple):
+    """What of a request lies in the device's memory that clients share.
+
+    Args:
+        inputs: with the region that each one lies in.
+        outputs: where to write which.
+    """
+
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Target, ...] = ()
+
+
+NOT_ON_DEVICE = OnDevice()
 
 
 class RequestMemory:

@@ -23,6 +23,7 @@ from types import FrameType
 
 from onecard.errors import OnecardError, StorageError
 from onecard.ipc import packets
+from onecard.server.cuda_regions import OpenMemory
 from onecard.server.engine_fronts import Front
 from onecard.server.engine_gate import Gate
 from onecard.server.engine_models import EngineModels, OpenModel, open_bundle
@@ -43,19 +44,25 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LOGGER = logging.getLogger(__name__)
 
 
-def run_engine(path: Path, open_model: OpenModel = open_bundle, lonely_s: float = LONELY_S) -> None:
+def run_engine(
+    path: Path,
+    open_model: OpenModel = open_bundle,
+    lonely_s: float = LONELY_S,
+    open_memory: OpenMemory | None = None,
+) -> None:
     """Answer fronts until one of them, or SIGTERM, says that it is enough, or none is left.
 
     Args:
         path: of the socket to listen on; it is removed at the end.
         open_model: opens a model.
         lonely_s: see :data:`LONELY_S`.
+        open_memory: opens memory of the device that clients share; None for CUDA's.
 
     Raises:
         UsageError: the path is too long or taken, or this is not Linux.
         StorageError: the socket cannot be made.
     """
-    EngineProcess(path, open_model, lonely_s).run()
+    EngineProcess(path, open_model, lonely_s, open_memory).run()
 
 
 class EngineProcess:
@@ -65,11 +72,15 @@ class EngineProcess:
         path: of the socket.
         open_model: opens a model.
         lonely_s: see :data:`LONELY_S`.
+        open_memory: opens memory of the device that clients share; None for CUDA's.
     """
 
-    def __init__(self, path: Path, open_model: OpenModel, lonely_s: float) -> None:
+    def __init__(
+        self, path: Path, open_model: OpenModel, lonely_s: float, open_memory: OpenMemory | None = None
+    ) -> None:
         self._path = path
         self._lonely_s = lonely_s
+        self._open_memory = open_memory
         self._gate = Gate()
         self._models = EngineModels(open_model, _give_up)
         self._fronts: set[Front] = set()
@@ -112,7 +123,7 @@ class EngineProcess:
             _LOGGER.error("another user's process was refused")
             sock.close()
             return
-        front = Front(sock, self._models, self._gate, self._quit, self._gone)
+        front = Front(sock, self._models, self._gate, self._quit, self._gone, self._open_memory)
         with self._fronts_lock:
             self._fronts.add(front)
         front.start()

@@ -33,7 +33,7 @@ class Output(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """A request's answer; see :class:`onecard.ipc.messages.Answered`."""
+    """A request's answer; see :class:`onecard.ipc.messages.Answered`. What was written to the device is told apart."""
 
     id: int
     outputs: list[Output]
@@ -41,6 +41,7 @@ class Solved(NamedTuple):
     total_s: float
     rows: int
     version: str
+    written: tuple[Tensor, ...] = ()
 
 
 class Replies:
@@ -149,4 +150,6 @@ def outputs_of(answers: Mapping[str, Array]) -> list[Output]:
 
 
 def _encoded(solved: Solved, tensors: tuple[Tensor, ...]) -> bytes:
-    return encode(Answered(solved.id, tensors, solved.queue_s, solved.total_s, solved.rows, solved.version))
+    return encode(
+        Answered(solved.id, (*tensors, *solved.written), solved.queue_s, solved.total_s, solved.rows, solved.version)
+    )

@@ -92,7 +92,17 @@ class EngineRequest(asyncio.Future[Any]):
         if self.placed is None or self.done():
             return None
         mark, tensors = self.placed.lease.offset, self.placed.tensors
-        return Infer(self.id, self.model, mark, tensors, self.deadline, self.priority, self.client, self.alone)
+        return Infer(
+            self.id,
+            self.model,
+            mark,
+            tensors,
+            self.deadline,
+            self.priority,
+            self.client,
+            self.alone,
+            self.placed.targets,
+        )
 
     def describe(self) -> str:
         """For the log: model, client and shapes, never data."""

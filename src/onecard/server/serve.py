@@ -64,6 +64,7 @@ class ServeOptions:
         client: memory for requests and answers.
         guard: when the engine counts as dead.
         access: who may do what.
+        cuda_shared_memory: whether clients may register memory of the device.
         access_log: which part of all requests is logged, from 0 to 1; those that failed here always are.
         shared_memory: what the system's shared-memory objects that clients may name begin with; None for none.
         folder: of further bundles that may be loaded while it runs.
@@ -82,6 +83,7 @@ class ServeOptions:
     access: Access = field(default_factory=lambda: Access(None, None))
     access_log: float = 0.0
     shared_memory: str | None = None
+    cuda_shared_memory: bool = False
     folder: Path | None = None
     follow: bool = False
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -125,8 +127,9 @@ async def _serve(options: ServeOptions, announce: Announce) -> None:
     client = EngineClient(options.client)
     desired = {name: (source.path, source.options) for name, source in options.sources.items()}
     guard = EngineGuard(options.engine, client, desired, options.guard)
-    serving = Serving(client, Repository(options.sources, options.folder, options.model))
-    regions = SharedRegions(SystemRegions(options.shared_memory), DeviceRegions(None))
+    device = DeviceRegions(client if options.cuda_shared_memory else None)
+    regions = SharedRegions(SystemRegions(options.shared_memory), device)
+    serving = Serving(client, Repository(options.sources, options.folder, options.model), regions)
     watch = FolderWatch(options.folder) if options.follow and options.folder is not None else None
     app = App(serving, options.access, regions)
     service = HttpService(app, body_memory(client), on_answer=access_logger(AccessLog(options.access_log)))

@@ -9,15 +9,18 @@ import asyncio
 
 import msgspec
 
+from onecard.ipc.messages import Target, Tensor
 from onecard.server.engine_client import EngineClient
+from onecard.server.engine_memory import OnDevice
 from onecard.server.engine_request import EngineRequest
 from onecard.server.engine_served import ServedModel
 from onecard.server.http_types import HttpError
 from onecard.server.oip_contract import InferContract
 from onecard.server.oip_repository import IndexEntry
 from onecard.server.oip_seen import DEFAULT_PRIORITY, SeenHeads
-from onecard.server.oip_types import InferRequest
+from onecard.server.oip_types import InferRequest, Region
 from onecard.server.repository import Repository
+from onecard.server.shared_regions import SharedRegions
 
 SOON = ((b"Retry-After", b"1"),)
 
@@ -28,14 +31,16 @@ class Serving:
     Args:
         client: the way to the engine.
         repository: what may be loaded.
+        regions: shared memory that clients may register.
 
     Attributes:
         started: all models that the server begins with were opened.
         draining: the server is going down: not ready any more.
     """
 
-    def __init__(self, client: EngineClient, repository: Repository) -> None:
+    def __init__(self, client: EngineClient, repository: Repository, regions: SharedRegions) -> None:
         self.client = client
+        self.regions = regions
         self.repository = repository
         self.started = False
         self.draining = False
@@ -96,6 +101,16 @@ class Serving:
             timeout_s=asked.timeout_us / 1e6 if asked.timeout_us else None,
             priority=asked.priority or DEFAULT_PRIORITY,
             client=client,
+            device=self._on_device(asked),
+        )
+
+    def _on_device(self, asked: InferRequest) -> OnDevice:
+        """What of a request lies in CUDA shared memory."""
+        find = self.regions.device.find
+        places = [(wanted.name, wanted.region) for wanted in asked.outputs if wanted.region is not None]
+        return OnDevice(
+            tuple(Tensor(d.name, d.dtype, d.shape, d.region.offset, b"", d.region.name) for d in asked.on_device),
+            tuple(Target(name, *_place(region)) for name, region in places if find(region.name) is not None),
         )
 
     def index(self) -> list[IndexEntry]:
@@ -141,3 +156,7 @@ class Serving:
             raise HttpError(404, f"there is no model '{name[:128]}'.")
         async with self._changing.setdefault(name, asyncio.Lock()):
             await self.client.unload(name, drain_s)
+
+
+def _place(region: Region) -> tuple[str, int, int]:
+    return region.name, region.offset, region.byte_size

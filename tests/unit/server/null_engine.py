@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from onecard.errors import BundleError
+from onecard.errors import BundleError, UsageError
 from onecard.ipc.messages import ModelOptions
 from onecard.runtime.engine import Engine, EngineOptions
 from onecard.runtime.limits import BatchPolicy
@@ -90,5 +90,13 @@ def opener():
     return open_model
 
 
+def open_memory(handle: bytes, device: int, size: int) -> torch.Tensor:
+    """A device's memory, as far as a machine without one can have it; a handle of zeros opens nothing."""
+    if not any(handle):
+        raise UsageError("the handle opens nothing.")
+    return torch.zeros(size, dtype=torch.uint8)
+
+
 if __name__ == "__main__":
-    run_engine(Path(sys.argv[1]), opener(), float(sys.argv[2]) if len(sys.argv) > 2 else 10.0)
+    lonely_s = float(sys.argv[2]) if len(sys.argv) > 2 else 10.0
+    run_engine(Path(sys.argv[1]), opener(), lonely_s, open_memory)

@@ -28,6 +28,7 @@ from onecard.ipc.messages import (
     Answered,
     Ask,
     Cancel,
+    CloseRegion,
     Done,
     Hello,
     Infer,
@@ -35,6 +36,7 @@ from onecard.ipc.messages import (
     Message,
     Models,
     ModelState,
+    OpenRegion,
     Ping,
     Pong,
     Quit,
@@ -121,7 +123,7 @@ class ScriptedEngine:
 
     def do_answer(self, request: Infer, version: str = "") -> None:
         self.mark(request)
-        (tensor,) = request.inputs
+        (tensor,) = [each for each in request.inputs if not each.region]
         assert tensor.offset % 64 == 0
         dtype = np.dtype(np.int16 if tensor.dtype == "bfloat16" else tensor.dtype)
         x = np.ndarray(tensor.shape, dtype, self.requests.array, tensor.offset)
@@ -247,6 +249,14 @@ class ScriptedEngine:
             return
         self.tell(ModelState(unload.name, "1", "UNAVAILABLE", "unloaded"))
         self.say(Done(unload.call))
+
+    def on_openregion(self, asked: OpenRegion) -> None:
+        self.journal.write("open", life=self.life, name=asked.name, at=len(self.journal.read("infer")))
+        self.say(Done(asked.call, "" if any(asked.handle) else "UsageError", "it opens nothing"))
+
+    def on_closeregion(self, asked: CloseRegion) -> None:
+        self.journal.write("close", life=self.life, name=asked.name)
+        self.say(Done(asked.call))
 
     def on_ask(self, ask: Ask) -> None:
         self.say(Told(ask.call, b"{}", {}, len(self.later)))

@@ -26,9 +26,11 @@ from onecard.errors import (
     QueueFullError,
     UsageError,
 )
-from onecard.ipc.messages import ModelOptions
+from onecard.ipc.messages import ModelOptions, Target, Tensor
+from onecard.server.device_regions import DeviceRegion
 from onecard.server.engine_child import EngineChild
 from onecard.server.engine_client import ClientOptions, EngineClient
+from onecard.server.engine_memory import OnDevice
 from onecard.server.http_types import HttpError
 from tests.unit.server.http_peers import LOOPS, new_loop
 from tests.unit.server.scripted_engine import Journal
@@ -479,6 +481,28 @@ def test_death_while_waiting(on_loop):
         assert all(40 < line["deadline"] - time.monotonic() < 60 for line in again[:3])
         ids = [line["id"] for line in peer.journal.read("infer")]
         assert len(set(ids)) == len(ids) == 8
+
+    on_loop(what)
+
+
+def test_a_new_engine_opens_the_devices_memory_before_it_is_asked_again(on_loop):
+    async def what(peer):
+        for name in ("a", "b"):
+            await within(peer.client.open_region(DeviceRegion(name, b"h" * 64, 0, 1024)))
+        with pytest.raises(UsageError, match="it opens nothing"):
+            await within(peer.client.open_region(DeviceRegion("none", bytes(64), 0, 1024)))
+        await within(peer.client.close_region("b"))
+        there = OnDevice((Tensor("z", "float32", (1, 4), 64, b"", "a"),), (Target("y", "a", 0, 64),))
+        waiting = peer.infer("wait 1", device=there)
+        killer = peer.infer("die-waiting 1")
+        await peer.end()
+        await peer.start()
+        await within(asyncio.gather(waiting, killer))
+        (opened,) = [line for line in peer.journal.read("open") if line["life"] == 2]
+        first = [line["life"] for line in peer.journal.read("infer")].index(2)
+        assert (opened["name"], opened["at"]) == ("a", first)
+        asked = [line for line in peer.journal.read("infer") if line["client"] == "wait 1"]
+        assert [(line["inputs"], line["targets"]) for line in asked] == [(2, [["y", "a", 0, 64]])] * 2
 
     on_loop(what)
 

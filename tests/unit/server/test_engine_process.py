@@ -17,14 +17,17 @@ from onecard.ipc.messages import (
     VERSION,
     Ask,
     Cancel,
+    CloseRegion,
     Hello,
     Infer,
     ModelOptions,
     Models,
+    OpenRegion,
     Ping,
     Pong,
     Quit,
     Sent,
+    Target,
     Tensor,
     Told,
     encode,
@@ -163,6 +166,31 @@ def test_deadlines_and_full_queues_come_back_as_they_are(peer, gate):
     (gate / "open").touch()
     assert peer.refused(late).kind == "DeadlineError"
     peer.answer(running)
+
+
+def test_outputs_are_written_to_a_clients_device_memory_and_inputs_read_there(peer):
+    peer.load("m", "add-7")
+    nbytes = 2 * WIDTH * 4
+    for name, handle in (("a", b"h" * 64), ("b", b"h" * 64), ("none", bytes(64))):
+        call = next(peer.calls)
+        peer.send(OpenRegion(call, name, handle, 0, 2 * nbytes))
+        assert peer.done(call).kind == ("UsageError" if name == "none" else "")
+    first = peer.infer("m", rows(2), targets=(Target("y", "a", nbytes, nbytes),))
+    (written,) = peer.answer(first).outputs
+    assert (written.region, written.offset, written.dtype, written.shape) == ("a", nbytes, "float32", (2, WIDTH))
+    there = Tensor("x", "float32", (2, WIDTH), nbytes, b"", "a")
+    request = next(peer.ids)
+    peer.send(Infer(request, "m", 0, (there,)))
+    np.testing.assert_array_equal(peer.array(peer.answer(request).outputs[0]), rows(2) + 14)
+    beyond, small = Target("y", "a", nbytes + 4, nbytes), Target("y", "a", 0, 8)
+    for wrong in (beyond, small, Target("y", "c", 0, nbytes), Target("z", "a", 0, nbytes)):
+        assert peer.refused(peer.infer("m", rows(2), targets=(wrong,))).kind == "UsageError"
+    call = next(peer.calls)
+    peer.send(CloseRegion(call, "a"))
+    assert peer.done(call).kind == ""
+    request = next(peer.ids)
+    peer.send(Infer(request, "m", 0, (there,)))
+    assert "not registered" in peer.refused(request).message
 
 
 def test_a_request_that_runs_alone_shares_the_process_with_nobody(connect, peer):
