@@ -48,11 +48,12 @@ class HealthMethods:
         service = read_message(self._request, await receive(rpc)).service
         last = ""
         while True:
+            ending = self._calls.draining.is_set()  # before the state: what is told last is the end's
             state = self._state(service)
             if state != last:
                 await rpc.write(self._told(state))
                 last = state
-            if self._calls.draining.is_set():
+            if ending:
                 return
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._calls.draining.wait(), _POLL_S)
