@@ -20,12 +20,10 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from onecard.errors import UsageError
-from onecard.server.config import MODEL_NAME
+from onecard.server.repository import MANIFEST, SUFFIX, is_name
 
 Kind: TypeAlias = Literal["added", "changed", "removed", "broken"]
 
-SUFFIX = ".onecard"
-_MANIFEST = "onecard.json"
 _MAX_MANIFEST_BYTES = 16 << 20
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
 _LOGGER = logging.getLogger("onecard.server.watch")
@@ -156,7 +154,7 @@ class FolderWatch:
 
     def _is_name(self, entry: str) -> bool:
         """Whether a model may be called so; what is no name is said once."""
-        if MODEL_NAME.fullmatch(entry.removesuffix(SUFFIX)):
+        if is_name(entry.removesuffix(SUFFIX)):
             return True
         self._warn(
             entry, "%r is passed over: a model's name has letters, digits, '.', '_' and '-', at most 128.", entry
@@ -190,19 +188,19 @@ class FolderWatch:
             if stat.S_ISLNK(link.st_mode):
                 path = Path(os.path.realpath(path, strict=True))
                 if path == root or not path.is_relative_to(root):
-                    claims = claims or (path / _MANIFEST).exists()
+                    claims = claims or (path / MANIFEST).exists()
                     raise _BrokenError("it is a symbolic link that leads out of the folder of models, which is refused")
             if not path.is_dir():
                 return None
             mark.append(_identity(path.stat()))
-            manifest = (path / _MANIFEST).lstat()
+            manifest = (path / MANIFEST).lstat()
             claims = True
             mark.append(_stamp(manifest))
             stamps, problem = _stamps(path, self._listing(path, manifest, listings))
             mark += stamps
         except (_BrokenError, OSError) as error:
             if isinstance(error, OSError):
-                claims = claims or (error.errno not in _MISSING and MODEL_NAME.fullmatch(name) is not None)
+                claims = claims or (error.errno not in _MISSING and is_name(name))
                 error = _BrokenError(_explained(error, path))
             return _Sight(path, tuple(mark), str(error)) if claims else None
         return _Sight(path, tuple(mark), problem)
@@ -212,9 +210,9 @@ class FolderWatch:
     ) -> dict[str, int]:
         """Sizes of a bundle's files by name, read anew when the manifest changed."""
         if not stat.S_ISREG(manifest.st_mode):
-            raise _BrokenError(f"its {_MANIFEST} is not a regular file")
+            raise _BrokenError(f"its {MANIFEST} is not a regular file")
         key = (manifest.st_dev, *_stamp(manifest))
-        listings[key] = self._listings[key] if key in self._listings else _read_listing(path / _MANIFEST)
+        listings[key] = self._listings[key] if key in self._listings else _read_listing(path / MANIFEST)
         return listings[key]
 
 
@@ -265,15 +263,15 @@ def _read_listing(path: Path) -> dict[str, int]:
     with path.open("rb") as file:
         data = file.read(_MAX_MANIFEST_BYTES + 1)
     if len(data) > _MAX_MANIFEST_BYTES:
-        raise _BrokenError(f"its {_MANIFEST} has more than {_MAX_MANIFEST_BYTES >> 20} MiB, which no bundle needs")
+        raise _BrokenError(f"its {MANIFEST} has more than {_MAX_MANIFEST_BYTES >> 20} MiB, which no bundle needs")
     try:
         files = msgspec.json.decode(data, type=_Listing).files
     except msgspec.MsgspecError as error:
-        raise _BrokenError(f"its {_MANIFEST} does not follow the format: {error}") from error
+        raise _BrokenError(f"its {MANIFEST} does not follow the format: {error}") from error
     for name in files:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in name:
-            raise _BrokenError(f"its {_MANIFEST} names the file {name!r} outside of the bundle")
+            raise _BrokenError(f"its {MANIFEST} names the file {name!r} outside of the bundle")
     return {name: file.size for name, file in files.items()}
 
 
