@@ -199,7 +199,9 @@ def _all_steps(job: _Job) -> tuple[list[Saved], FlatModule, Choice, tuple[str, .
     for step in range(len(saved) or 1, job.steps + 1):
         if step > len(saved):
             step_goal = before.of(job.target.measure) * (goal / before.of(job.target.measure)) ** (step / job.steps)
-            saved.append(_prune_step(job, module, choice, before, PruneStep(step, step_goal, before, 0)))
+            all_there_is = bool(notes) and step == job.steps
+            planned = PruneStep(step, step_goal, before, 0)
+            saved.append(_prune_step(job, module, choice, before, planned, all_there_is=all_there_is))
             if step == 1 and job.data is not None:
                 job.tell("trying the export", 1)
                 check_exportable(module, job.model.spec)
@@ -266,8 +268,14 @@ def _without(job: _Job, module: FlatModule, removal: Removal) -> FlatModule:
     return pruned
 
 
-def _prune_step(job: _Job, module: FlatModule, choice: Choice, before: Cost, step: PruneStep) -> Saved:
-    """Remove the fewest of the least important channels with which the step's goal is met, in place."""
+def _prune_step(
+    job: _Job, module: FlatModule, choice: Choice, before: Cost, step: PruneStep, *, all_there_is: bool
+) -> Saved:
+    """Remove the fewest of the least important channels with which the step's goal is met, in place.
+
+    A target that cannot be met is come closest to without any channel that may go: to look for the fewest would
+    follow the noise of the clock where the target is a latency.
+    """
     job.tell("ranking the channels", step.step)
     least = {g.root: math.ceil(g.channels * LEAST_SHARE) for g in choice.groups}
     limits = Limits(job.options.round_to, job.options.keep, least)
@@ -285,7 +293,8 @@ def _prune_step(job: _Job, module: FlatModule, choice: Choice, before: Cost, ste
         job.tell(f"trying without {count} of {len(blocks)} blocks of channels", step.step)
         return job.cost(_without(job, module, join(blocks[:count]))).of(job.target.measure)
 
-    removal = join(blocks[: fewest(len(blocks), lambda count: amount(count) <= step.goal)])
+    count = len(blocks) if all_there_is else fewest(len(blocks), lambda count: amount(count) <= step.goal)
+    removal = join(blocks[:count])
     remove(module, job.probes[0], removal)
     cost = job.cost(module)
     done = with_changes(step, cost=cost, channels=sum(map(len, removal.values())), score_before=_score(job, module))
