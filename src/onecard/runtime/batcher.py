@@ -91,6 +91,35 @@ class Batcher:
         if self._rest.until > now:
             self._rest.stir(work)
 
+    def at_once(self, works: Sequence[Work], now: float, most_s: float) -> Batch | None:
+        """A batch of new requests that are not queued, for an idle device; None if any reason to queue them is there.
+
+        Args:
+            works: in their order; none of them put before.
+            now: the time.
+            most_s: that the batch may take by prediction.
+        """
+        policy = self._policy
+        if self._bounds.items or policy.max_delay_s or policy.max_tokens is not None:
+            return None
+        kind = self._kinds.of(works[0].lengths)
+        rows = nbytes = 0
+        for work in works:
+            if work.deadline <= now or (work.lengths is not works[0].lengths and work.lengths != works[0].lengths):
+                return None
+            rows += work.rows
+            nbytes += work.nbytes
+        if rows > kind.limit or nbytes > policy.queue_bytes or not (rows in kind.cuts or rows <= kind.uncut):
+            return None
+        if kind.seconds(rows) > most_s:
+            return None
+        row_s = kind.row_s()
+        for work in works:
+            work.kind, work.row_s, work.taken = kind, row_s, work.rows
+            work.place = self._places = self._places + 1
+        slices = [Slice(work, 0, work.rows) for work in works]
+        return Batch(slices, rows, works[0].lengths, dict(kind.fit(rows)[0]))
+
     def next(self, now: float, in_flight_s: float = 0.0) -> Batch | None:
         """The batch to run now.
 
@@ -169,6 +198,10 @@ class Batcher:
         for work in passed:
             self.cancel(work)
         return passed
+
+    def has_late(self, now: float) -> bool:
+        """Whether :meth:`expire` might give something up."""
+        return self._deadlines.waiting > 0 and self._deadlines.first() <= now
 
     def clear(self) -> list[Work]:
         """Give up all that waits, for an engine that closes.

@@ -81,9 +81,7 @@ class Delivery:
         request.back += piece.rows
         if request.back < work.rows:
             return
-        answer = request.answer
-        answer.timing = RequestTiming(request.queue_s, time.monotonic() - work.arrived, batch.rows, len(request.parts))
-        answer.on_cancel = None  # or future and request would hold each other till a garbage collection
+        whole = request.whole(self._dtypes)
+        timing = RequestTiming(request.queue_s, time.monotonic() - work.arrived, batch.rows, len(request.parts))
         work.gone = True
-        if answer.running():
-            answer.set_result(request.whole(self._dtypes))
+        request.receiver.solve(whole, timing)

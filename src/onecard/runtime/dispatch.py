@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from onecard.errors import DeadlineError, EngineClosedError, EngineError, UsageError
+from onecard.errors import DeadlineError, EngineClosedError, EngineError, OnecardError, UsageError
 from onecard.runtime.batcher import Batcher
 from onecard.runtime.cost import Costs
 from onecard.runtime.limits import BatchPolicy
@@ -24,12 +24,16 @@ _WEIGHT = 0.2  # of a new copy-in time in the mean
 
 @dataclass(slots=True)
 class _LaneState:
-    """What one lane is at: when its batches under way began, until when by prediction, what it must run before all."""
+    """What one lane is at: when its batches under way began, until when by prediction, what it must run before all.
+
+    ``lent`` while another thread than its own runs it.
+    """
 
     began: deque[float] = field(default_factory=deque)
     busy_until: float = 0.0
     lead_s: float = _LEAD_S
     retries: deque[Batch] = field(default_factory=deque)
+    lent: bool = False
 
     @property
     def under_way(self) -> int:
@@ -66,7 +70,7 @@ class Dispatch:
     # for callers
 
     def put(self, work: Work) -> None:
-        """Queue a request.
+        """Queue a request; :meth:`wake` or :meth:`lend` is to follow.
 
         Raises:
             QueueFullError: too much is waiting.
@@ -78,6 +82,10 @@ class Dispatch:
             if self._closing or self._broken is not None:
                 raise self._broken or EngineClosedError("this engine is closed.", "Open it again.")
             self._batcher.put(work, work.arrived)
+
+    def wake(self) -> None:
+        """Have the lanes look at what was queued."""
+        with self._wake:
             self._wake.notify(len(self._lanes))  # one alone might be a lane that is busy, and would sleep on
 
     def cancel(self, work: Work) -> None:
@@ -142,6 +150,85 @@ class Dispatch:
             if batch is None and room is not None:
                 room.release()
             return batch
+
+    def put_all(self, works: Sequence[Work], number: int | None, most_s: float = 0.0) -> Batch | None:
+        """Queue requests that came together, or form a batch of them past the queue.
+
+        Past it they go if nothing waits, the lane is idle, they make one batch, and that will be quick: whatever the
+        order of the queue would be, it would be over at once. As of :meth:`lend` the calling thread then has the lane.
+
+        Args:
+            works: none of them put before; one that is refused fails.
+            number: of the lane, which has one batch at a time and is the only one; None to queue them all.
+            most_s: see :meth:`lend`.
+
+        Returns:
+            What to run; None if they were queued, and :meth:`wake` or :meth:`lend` is to follow.
+
+        Raises:
+            EngineClosedError: nothing is taken on any more; none of them was.
+            EngineError: the device was lost; likewise.
+        """
+        refused: list[tuple[Work, OnecardError]] = []
+        with self._wake:
+            if self._closing or self._broken is not None:
+                raise self._broken or EngineClosedError("this engine is closed.", "Open it again.")
+            batch = None if number is None else self._at_once(works, self._lanes[number], most_s)
+            if batch is None:
+                for work in works:
+                    try:
+                        self._batcher.put(work, work.arrived)
+                    except OnecardError as error:
+                        refused.append((work, error))
+        for work, error in refused:
+            fail(work, error)
+        return batch
+
+    def _at_once(self, works: Sequence[Work], lane: _LaneState, most_s: float) -> Batch | None:
+        """Under the lock: a batch of requests that need not be queued."""
+        if lane.lent or lane.began or lane.retries:
+            return None
+        now = time.monotonic()
+        batch = self._batcher.at_once(works, now, most_s)
+        if batch is None:
+            return None
+        lane.lent = True
+        self._begin(lane, batch, now)
+        return batch
+
+    def lend(self, number: int, most_s: float, again: bool) -> Batch | None:
+        """Form the next batch of an idle lane for another thread than the lane's to run, if that will be quick.
+
+        The thread that runs it is to ask again until there is none: until then the lane's own is kept waiting.
+
+        Args:
+            number: of the lane, which has one batch at a time.
+            most_s: a batch that is predicted to take longer is left to the lane's own thread.
+            again: whether the calling thread got the lane's last batch, too.
+
+        Returns:
+            None if the lane is at something, or nothing is due. Then the lane sees to what waits.
+        """
+        lane = self._lanes[number]
+        with self._wake:
+            if lane.lent and not again:
+                return None  # whoever has it asks again
+            lane.lent = False
+            if lane.began:
+                return None
+            now = time.monotonic()
+            batch = None
+            if not (lane.retries or self._closing or self._batcher.has_late(now)):
+                batch = self._batcher.next(now)
+            if batch is not None:
+                if self._costs.seconds(self._costs.key(batch.size)) <= most_s:
+                    lane.lent = True
+                    self._begin(lane, batch, now)
+                    return batch
+                lane.retries.append(batch)
+            if lane.retries or self._closing or self._batcher.queued_items:
+                self._wake.notify(len(self._lanes))
+            return None
 
     def stopped(self, number: int) -> None:
         """A batch of a lane ended, with answers or without."""
@@ -237,6 +324,9 @@ class Dispatch:
         with self._wake:
             while True:
                 now = time.monotonic()
+                if lane.lent:
+                    self._wake.wait()
+                    continue
                 late = self._batcher.expire(now, self._busy_s(lane, now))
                 hold_until = self._hold(lane, now)
                 batch = None
@@ -276,7 +366,8 @@ class Dispatch:
         lane.began.popleft()  # batches end in the order in which they began, but for one that could not be launched
         if not lane.under_way:
             lane.busy_until = 0.0
-        self._wake.notify_all()
+        if not lane.lent:
+            self._wake.notify_all()
 
     def _find_full_rows(self) -> int:
         spec = self._served.spec
@@ -291,10 +382,7 @@ def fail(work: Work, error: BaseException) -> None:
     request: Request | None = work.request
     if request is None:  # cancelled a moment ago, and forgotten
         return
-    answer = request.answer
-    answer.on_cancel = None  # or future and request would hold each other, and the inputs, till a garbage collection
-    if not answer.done() and (answer.running() or answer.set_running_or_notify_cancel()):
-        answer.set_exception(error)
+    request.receiver.fail(error)
     _forget(work)
 
 

@@ -25,7 +25,7 @@ from onecard.device_memory import check_device_memory, limit_device_memory
 from onecard.errors import EngineClosedError, UsageError
 from onecard.runtime.cost import Costs
 from onecard.runtime.dispatch import Dispatch, fail
-from onecard.runtime.future import Answer
+from onecard.runtime.future import Answer, Receiver
 from onecard.runtime.ingest import Ingest
 from onecard.runtime.lane import Lane, OnBatch
 from onecard.runtime.limits import BatchPolicy
@@ -154,6 +154,7 @@ class Engine:
                 lane.stage.close()
             raise
         _interpreter.share()
+        self._alone = self._lanes[0] if len(self._lanes) == 1 and self._lanes[0].stage.synchronous else None
         for lane in self._lanes:
             lane.start()
 
@@ -235,30 +236,73 @@ class Engine:
         timeout_s: float | None = None,
         priority: int = 0,
         client: str = "",
-        on_start: Callable[[], None] | None = None,
     ) -> Answer:
         """Hand a request in and go on; arguments and errors as of :meth:`infer`.
-
-        ``on_start`` is called once, on a thread of the engine, when the request's first row is in a batch and before
-        that batch is launched; keep it short.
 
         Returns:
             A future; ``cancel()`` takes the request out of the queue while it waits.
         """
-        now = time.monotonic()
-        arrays, rows, lengths, nbytes, numpy = self._intake.take(inputs)
-        timeout_s = self.options.timeout_s if timeout_s is None else timeout_s
         answer = Answer()
-        work = Work(
-            rows, lengths, nbytes, now, now + timeout_s, priority, client, Request(arrays, answer, numpy, on_start)
-        )
+        work = self._take_in(inputs, answer, timeout_s, priority, client)
         answer.on_cancel = functools.partial(self._dispatch.cancel, work)
         try:
             self._dispatch.put(work)
         except BaseException:
             answer.on_cancel = None
             raise
+        self._dispatch.wake()
         return answer
+
+    def prepare(
+        self,
+        inputs: Mapping[str, Any],
+        receiver: Receiver,
+        *,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        client: str = "",
+    ) -> Work:
+        """Check one of several requests that :meth:`run` is then given together; arguments as of :meth:`infer`.
+
+        Args:
+            inputs: by name.
+            receiver: who gets the answer, or hears why there is none.
+            timeout_s: for how long the answer is of use, from now on.
+            priority: 0 is served first.
+            client: whose request it is.
+
+        Raises:
+            SpecError: an input that does not fit.
+        """
+        return self._take_in(inputs, receiver, timeout_s, priority, client)
+
+    def run(self, works: Sequence[Work]) -> None:
+        """Hand in what was prepared; those over in no time are run by the calling thread.
+
+        Raises:
+            EngineClosedError: the engine is closed; it has none of them.
+            EngineError: the device was lost; likewise.
+        """
+        works = [work for work in works if not work.gone]
+        if not works:
+            return
+        if self._alone is not None:
+            self._alone.run_at_once(works)
+        else:
+            self._dispatch.put_all(works, None)
+            self._dispatch.wake()
+
+    def cancel(self, work: Work) -> None:
+        """Take a request that was prepared out of the queue, if it waits there, or see that it never does."""
+        self._dispatch.cancel(work)
+
+    def _take_in(
+        self, inputs: Mapping[str, Any], receiver: Receiver, timeout_s: float | None, priority: int, client: str
+    ) -> Work:
+        now = time.monotonic()
+        arrays, rows, lengths, nbytes, numpy = self._intake.take(inputs)
+        deadline = now + (self.options.timeout_s if timeout_s is None else timeout_s)
+        return Work(rows, lengths, nbytes, now, deadline, priority, client, Request(arrays, receiver, numpy))
 
     async def infer_async(
         self, inputs: Mapping[str, Any], *, timeout_s: float | None = None, priority: int = 0, client: str = ""

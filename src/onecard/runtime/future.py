@@ -1,10 +1,10 @@
-"""The promise of an answer: an ordinary future whose cancellation reaches the queue."""
+"""The promise of an answer: what the engine asks of whoever waits for one, and an ordinary future that is that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 
 class RequestTiming(NamedTuple):
@@ -23,6 +23,26 @@ class RequestTiming(NamedTuple):
     batches: int
 
 
+class Receiver(Protocol):
+    """Who gets a request's answer. The engine calls it on any of its threads, with no lock held; it must not raise."""
+
+    def begin(self) -> bool:
+        """The request's first row is in a batch, which is launched next; called once.
+
+        Returns:
+            False if nobody waits for it any more.
+        """
+        ...
+
+    def solve(self, outputs: dict[str, Any], timing: RequestTiming) -> None:
+        """The answer is there: output names to arrays of the receiver's own."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """There will be none; nothing if the request is over already."""
+        ...
+
+
 class Answer(Future[dict[str, Any]]):
     """What :meth:`onecard.runtime.engine.Engine.submit` gives: output names to arrays, once they are there.
 
@@ -37,6 +57,23 @@ class Answer(Future[dict[str, Any]]):
     def __init__(self, on_cancel: Callable[[], None] | None = None) -> None:
         super().__init__()
         self.on_cancel = on_cancel
+
+    def begin(self) -> bool:
+        """See :class:`Receiver`."""
+        return self.set_running_or_notify_cancel()
+
+    def solve(self, outputs: dict[str, Any], timing: RequestTiming) -> None:
+        """See :class:`Receiver`."""
+        self.timing = timing
+        self.on_cancel = None  # or future and request would hold each other till a garbage collection
+        if self.running():
+            self.set_result(outputs)
+
+    def fail(self, error: BaseException) -> None:
+        """See :class:`Receiver`."""
+        self.on_cancel = None  # or future and request would hold each other, and the inputs
+        if not self.done() and (self.running() or self.set_running_or_notify_cancel()):
+            self.set_exception(error)
 
     def cancel(self) -> bool:
         """True if it will not run, or has not been running when it was cancelled."""

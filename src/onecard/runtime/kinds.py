@@ -46,16 +46,19 @@ class Kind:
         limit: most rows of a batch, from the model, the policy, and what did not fit in memory.
         steps: the model's row counts at which the size grows.
         cuts: row counts a batch may be cut to, ascending: the steps and the policy's preferred counts.
+        uncut: so many rows are never cut.
         stamp: how many sizes had run out of memory when ``limit`` was found.
     """
 
-    __slots__ = ("_costs", "_fits", "_seconds", "_sizes", "_version", "cuts", "lengths", "limit", "stamp", "steps")
+    __slots__ = ("_costs", "_fits", "_seconds", "_sizes", "_version", "cuts", "lengths", "limit", "stamp", "steps",
+                 "uncut")  # fmt: skip
 
     def __init__(self, lengths: Lengths, sizes: Sizes, costs: Costs) -> None:
         self.lengths = lengths
         self.steps = sizes.steps(lengths)
         self.limit = 1
         self.cuts: tuple[int, ...] = ()
+        self.uncut = 0
         self.stamp = -1
         self._sizes = sizes
         self._costs = costs
@@ -152,6 +155,7 @@ class Kinds:
             limit = min(limit, policy.max_tokens // max(1, math.prod(kind.lengths)))
         kind.limit = self._most_that_fit(kind, max(1, limit))
         kind.cuts = tuple(sorted({rows for rows in (*kind.steps, *policy.preferred) if rows <= kind.limit}))
+        kind.uncut = kind.cuts[0] if kind.cuts else kind.limit
         kind.stamp = self.stamp
 
     def _most_that_fit(self, kind: Kind, limit: int) -> int:

@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,9 +23,10 @@ from onecard.runtime.request import Request
 from onecard.runtime.served import Served
 from onecard.runtime.staging import Flight, Stage, StageTimings
 from onecard.runtime.stats import BatchStats
-from onecard.runtime.work import Batch, Slice
+from onecard.runtime.work import Batch, Slice, Work
 
 OnBatch = Callable[[BatchStats], None]
+_QUICK_S = 200e-6
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -74,6 +75,23 @@ class Lane:
         """Release stage and model; after :meth:`join`."""
         self.stage.close()
         self.served.close()
+
+    def run_at_once(self, works: Sequence[Work]) -> None:
+        """Queue requests and run what is queued on the calling thread, as long as each batch is over in no time.
+
+        Only for an engine's one lane, where its stage is synchronous. To wake the lane's own thread up would take
+        longer than such a batch; that thread is told of what is left.
+
+        Raises:
+            EngineClosedError: nothing is taken on any more; none of the requests was.
+            EngineError: the device was lost; likewise.
+        """
+        batch = self._dispatch.put_all(works, self._number, _QUICK_S)
+        again = batch is not None
+        while batch is not None or (batch := self._dispatch.lend(self._number, _QUICK_S, again)) is not None:
+            with self._surviving(batch):
+                self._launch(batch)
+            batch, again = None, True
 
     def _launch_all(self) -> None:
         while (batch := self._dispatch.take(self._number, self._room)) is not None:
@@ -197,18 +215,9 @@ def _start(piece: Slice, now: float) -> float:
     request: Request = work.request
     if request.queue_s < 0:
         request.queue_s = now - work.arrived
-        if not request.answer.set_running_or_notify_cancel():
+        if not request.receiver.begin():
             work.gone = True
-        elif request.on_start is not None:
-            _notify(request.on_start)
     return request.queue_s
-
-
-def _notify(on_start: Callable[[], None]) -> None:
-    try:
-        on_start()
-    except Exception:  # the caller's own trouble is not the batch's
-        _LOGGER.exception("a request's on_start failed")
 
 
 def _alone(piece: Slice, served: Served) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onecard.errors import SpecError
-from onecard.runtime.future import Answer
+from onecard.runtime.future import Receiver
 from onecard.runtime.ingest import Ingest, check_ingests, model_shapes
 from onecard.runtime.slots import Array
 from onecard.runtime.work import Lengths
@@ -24,23 +24,19 @@ class Request:
 
     Attributes:
         inputs: arrays on the host, as the caller gave them.
-        answer: the caller's future.
+        receiver: who gets the answer.
         numpy: whether the caller gets NumPy arrays, as its inputs were.
         parts: answers of the slices that are back, by their first row.
         back: rows that are answered.
         queue_s: how long its first row waited.
-        on_start: called once, before the batch that its first row is in is launched.
     """
 
-    __slots__ = ("answer", "back", "inputs", "numpy", "on_start", "parts", "queue_s")
+    __slots__ = ("back", "inputs", "numpy", "parts", "queue_s", "receiver")
 
-    def __init__(
-        self, inputs: dict[str, Array], answer: Answer, numpy: bool, on_start: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, inputs: dict[str, Array], receiver: Receiver, numpy: bool) -> None:
         self.inputs = inputs
-        self.answer = answer
+        self.receiver = receiver
         self.numpy = numpy
-        self.on_start = on_start
         self.parts: dict[int, dict[str, np.ndarray[Any, Any]]] = {}
         self.back = 0
         self.queue_s = -1.0

@@ -10,8 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -32,14 +31,16 @@ from onecard.ipc.messages import (
     Pong,
     Quit,
     Sent,
+    Tensor,
     Unload,
     Welcome,
     decode_to_engine,
     encode,
 )
 from onecard.ipc.segment import Segment
-from onecard.runtime.future import Answer
+from onecard.runtime.future import RequestTiming
 from onecard.runtime.slots import Array
+from onecard.runtime.work import Work
 from onecard.server.cuda_regions import OpenMemory
 from onecard.server.engine_device import DeviceMemory
 from onecard.server.engine_gate import Gate
@@ -58,22 +59,31 @@ _LOGGER = logging.getLogger(__name__)
 class Run:
     """One request; it ends with exactly one ``Answered`` or ``Refused``.
 
+    To its model's engine it is the :class:`onecard.runtime.future.Receiver`.
+
     Args:
         front: whose it is.
         infer: as it came.
         began: when, in seconds of ``time.monotonic``.
+
+    Attributes:
+        work: what its model's engine is to run; None before.
     """
 
-    __slots__ = ("_answer", "_cancelled", "_front", "_marked", "_serving", "alone", "began", "infer")
+    __slots__ = ("_cancelled", "_ends", "_front", "_marked", "_serving", "_timing", "_waits", "alone", "began",
+                 "infer", "work")  # fmt: skip
 
     def __init__(self, front: Front, infer: Infer, began: float) -> None:
         self._front = front
         self.infer = infer
         self.began = began
         self.alone = infer.alone
-        self._answer: Answer | None = None
+        self.work: Work | None = None
         self._serving: Serving | None = None
+        self._timing: RequestTiming | None = None
         self._cancelled = self._marked = False
+        self._waits = [None]  # whoever takes it away decides whether it runs: the engine, or a cancellation
+        self._ends = [None]  # likewise what it ends with
 
     @property
     def deadline(self) -> float:
@@ -92,36 +102,21 @@ class Run:
             self._end(EngineError("the request was cancelled."))
         elif left_s <= 0:
             self._end(_late(self.began))
-        else:
-            self.submit(left_s)
+        elif (serving := self.prepare(left_s)) is not None:
+            run_all(serving, [self])
 
     def expire(self) -> None:
         """Its deadline passed while it was held back."""
         self._end(_late(self.began), entered=False)
 
-    def submit(self, timeout_s: float | None) -> None:
-        """Hand it to its model's engine; whatever goes wrong is its answer."""
-        try:
-            answer = self._submitted(timeout_s)
-        except Exception as error:
-            self._end(error)
-            return
-        self._answer = answer
-        answer.add_done_callback(self._over)
-        if self._cancelled:
-            answer.cancel()
+    def prepare(self, timeout_s: float | None) -> Serving | None:
+        """Have its model's engine look at it; whatever goes wrong is its answer.
 
-    def cancel(self) -> None:
-        """Nobody waits for it any more; it is ended all the same."""
-        self._cancelled = True
-        if self._answer is not None:
-            self._answer.cancel()
-        elif self._front.gate.withdraw(self):
-            self._end(EngineError("the request was cancelled."), entered=False)
-
-    def _submitted(self, timeout_s: float | None) -> Answer:
+        Returns:
+            What it is to be run by.
+        """
         front, infer = self._front, self.infer
-        while True:
+        try:
             serving = front.models.find(infer.model)
             if self._serving is None:
                 serving.counters.came()
@@ -133,32 +128,58 @@ class Run:
                 else front.requests.view(tensor, as_tensors or tensor.dtype == "bfloat16")
                 for tensor in infer.inputs
             }
-            try:
-                return serving.engine.submit(
-                    inputs, timeout_s=timeout_s, priority=infer.priority, client=infer.client, on_start=self._mark
-                )
-            except EngineClosedError:
-                if front.models.find(infer.model) is serving:
-                    raise  # else it was replaced at this moment
+            self.work = serving.engine.prepare(
+                inputs, self, timeout_s=timeout_s, priority=infer.priority, client=infer.client
+            )
+        except Exception as error:
+            self._end(error)
+            return None
+        if self._cancelled:
+            self.cancel()
+        return serving
 
-    def _mark(self) -> None:
+    def prepare_again(self, old: Serving, error: OnecardError) -> Serving | None:
+        """Its model's engine took it not; it is for the one that replaced that, if there is one."""
+        left_s = None if self.infer.deadline is None else self.infer.deadline - time.monotonic()
+        try:
+            replaced = self._front.models.find(self.infer.model) is not old
+        except OnecardError as gone:
+            replaced, error = False, gone
+        if replaced and isinstance(error, EngineClosedError):
+            return self.prepare(left_s)
+        self.fail(error)
+        return None
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; it is ended all the same."""
+        self._cancelled = True
+        if self.work is not None and self._serving is not None:
+            if _taken(self._waits):
+                self._serving.engine.cancel(self.work)
+                self._end(EngineError("the request was cancelled."))
+        elif self._front.gate.withdraw(self):
+            self._end(EngineError("the request was cancelled."), entered=False)
+
+    def begin(self) -> bool:
+        """A batch with its first row is launched next."""
+        if not _taken(self._waits):
+            return False
         self._marked = True
         self._front.requests.mark(self.infer.mark)
+        return True
 
-    def _over(self, answer: Future[dict[str, Any]]) -> None:
-        """The engine is done with it; called on a thread of the engine, or where it was cancelled."""
-        try:
-            outputs = answer.result(0)
-        except CancelledError:
-            self._end(EngineError("the request was cancelled."))
-        except Exception as error:
-            if self._serving is not None and not isinstance(error, EngineClosedError):
-                self._front.models.check(self._serving)
-            self._end_unread(error, time.monotonic())
-        else:
-            self._end(EngineError("the request was cancelled.") if self._cancelled else None, outputs)
+    def solve(self, outputs: dict[str, Any], timing: RequestTiming) -> None:
+        """The engine answered it."""
+        self._timing = timing
+        self._end(EngineError("the request was cancelled.") if self._cancelled else None, outputs)
 
-    def _end_unread(self, error: Exception, failed: float) -> None:
+    def fail(self, error: BaseException) -> None:
+        """The engine has no answer to it."""
+        if self._serving is not None and not isinstance(error, EngineClosedError):
+            self._front.models.check(self._serving)
+        self._end_unread(error, time.monotonic())
+
+    def _end_unread(self, error: BaseException, failed: float) -> None:
         """End it without an answer, once no batch that began before that can be reading its inputs any more.
 
         The front gives their memory to other requests then; and a request that came in several batches may have failed
@@ -173,7 +194,7 @@ class Run:
             self._end(error)
 
     def _end(
-        self, error: Exception | None, outputs: Mapping[str, Array] | None = None, *, entered: bool = True
+        self, error: BaseException | None, outputs: Mapping[str, Array] | None = None, *, entered: bool = True
     ) -> None:
         """Count it, and send what became of it.
 
@@ -182,6 +203,8 @@ class Run:
             outputs: else they.
             entered: whether it was let through the gate.
         """
+        if not _taken(self._ends):
+            return
         front, total_s = self._front, time.monotonic() - self.began
         solved = None
         if error is None:
@@ -205,13 +228,34 @@ class Run:
                 front.gate.leave()
 
     def _solved(self, outputs: Mapping[str, Array], total_s: float) -> Solved:
-        if self._answer is None or self._answer.timing is None or self._serving is None:
+        timing, serving = self._timing, self._serving
+        if timing is None or serving is None:
             raise EngineError("the engine did not say how long the request took.")
-        timing = self._answer.timing
-        outputs, written = self._front.regions.place(outputs, self.infer.targets)
+        written: tuple[Tensor, ...] = ()
+        if self.infer.targets:
+            outputs, written = self._front.regions.place(outputs, self.infer.targets)
         queue_s = timing.queue_s + max(0.0, total_s - timing.total_s)  # at the gate, too
-        sent = outputs_of(outputs)
-        return Solved(self.infer.id, sent, queue_s, total_s, timing.batch_rows, self._serving.version, written)
+        return Solved(self.infer.id, outputs_of(outputs), queue_s, total_s, timing.batch_rows, serving.version, written)
+
+
+def run_all(serving: Serving, runs: Sequence[Run]) -> None:
+    """Have requests run that were prepared for one engine, or for its successors if it is closed meanwhile."""
+    try:
+        serving.engine.run([run.work for run in runs if run.work is not None])
+    except OnecardError as error:
+        for run in runs:
+            successor = run.prepare_again(serving, error)
+            if successor is not None:
+                run_all(successor, [run])
+
+
+def _taken(token: list[None]) -> bool:
+    """Take a token away, for one thread alone."""
+    try:
+        token.pop()
+    except IndexError:
+        return False
+    return True
 
 
 class Front:
@@ -247,6 +291,7 @@ class Front:
         self._on_gone = on_gone
         self._segments: list[Segment] = []
         self._open: dict[int, Run] = {}
+        self._prepared: dict[Serving, list[Run]] = {}  # of the packet that is being read
         self._greeted = self._ending = False
         self._over = threading.Event()
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -336,6 +381,8 @@ class Front:
                 if handler is None:
                     raise EngineError(f"{type(message).__name__} came, which only the first message may be.")
                 handler(message)
+            while self._prepared:
+                run_all(*self._prepared.popitem())
             self.outbox.flush()  # what was answered while it was being asked
 
     def _infer(self, infer: Infer) -> None:
@@ -351,7 +398,9 @@ class Front:
             self.forget(run)
             return
         if entered:
-            run.submit(None if infer.deadline is None else infer.deadline - run.began)
+            serving = run.prepare(None if infer.deadline is None else infer.deadline - run.began)
+            if serving is not None:
+                self._prepared.setdefault(serving, []).append(run)
 
     def _cancel(self, cancel: Cancel) -> None:
         run = self._open.get(cancel.id)

@@ -11,7 +11,7 @@ _LONGEST = 300
 _LOGGER = logging.getLogger(__name__)
 
 
-def refused(request: int, error: Exception) -> Refused:
+def refused(request: int, error: BaseException) -> Refused:
     """The end of a request that has no answer."""
     told = _told(error, "the engine itself failed")
     retry_after_s = float(getattr(told, "retry_after_s", 0.0))
@@ -30,7 +30,7 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:_LONGEST]}".rstrip(". :")
 
 
-def _told(error: Exception, what: str) -> OnecardError:
+def _told(error: BaseException, what: str) -> OnecardError:
     if isinstance(error, OnecardError):
         return error
     _LOGGER.error("%s", what, exc_info=error)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from onecard.errors import EngineError
+from onecard.errors import DeadlineError, EngineClosedError, EngineError
 from onecard.runtime.card import Holders
 from onecard.runtime.engine import Engine, EngineOptions
 from onecard.runtime.null import NullModel
@@ -14,23 +14,125 @@ from onecard.runtime.staging import CpuStage
 from tests.unit.runtime.null_specs import ROWS, engine_of, policy, rows_of, twice_and_one
 
 
+class Caller:
+    """Receives one answer, and keeps account of what it hears."""
+
+    def __init__(self, heard: list, waits: bool = True) -> None:
+        self.heard = heard
+        self.waits = waits
+        self.over = threading.Event()
+
+    def begin(self) -> bool:
+        self.heard.append("start")
+        self.thread = threading.current_thread().name
+        return self.waits
+
+    def solve(self, outputs, timing) -> None:
+        self.outputs, self.timing = outputs, timing
+        self.over.set()
+
+    def fail(self, error) -> None:
+        self.error = error
+        self.over.set()
+
+
+def hand_in(engine: Engine, *rows: np.ndarray, heard: list, **how) -> list[Caller]:
+    callers = [Caller(heard) for _ in rows]
+    engine.run([engine.prepare({"x": x}, caller, **how) for x, caller in zip(rows, callers, strict=True)])
+    return callers
+
+
 def test_a_request_says_that_it_starts_once_and_before_its_batch_runs():
     order = []
 
     def compute(inputs):
         order.append(f"run {len(inputs['x'])}")
+        time.sleep(0.001)  # too long for the calling thread
         return twice_and_one(inputs)
 
     with engine_of(compute=compute, options=policy(max_rows=4)) as engine:
         order.clear()
-        names = []
-        answer = engine.submit({"x": rows_of(1, 10)}, on_start=lambda: (order.append("start"), names.append(name())))
-        answer.result(30)
-        assert order == ["start", "run 4", "run 4", "run 2"] and names[0].startswith("onecard-launch")
+        (caller,) = hand_in(engine, rows_of(1, 10), heard=order)
+        assert caller.over.wait(30)
+        assert order == ["start", "run 4", "run 4", "run 2"] and caller.thread.startswith("onecard-launch")
+        np.testing.assert_array_equal(caller.outputs["y"], rows_of(1, 10) * 2 + 1)
+        assert caller.timing.batches == 3
+
+
+def test_what_is_over_in_no_time_runs_on_the_calling_thread_and_together():
+    sizes = []
+
+    def compute(inputs):
+        sizes.append(len(inputs["x"]))
+        return twice_and_one(inputs)
+
+    with engine_of(compute=compute) as engine:
+        for _ in range(50):  # until the prediction has forgotten the first runs
+            hand_in(engine, rows_of(0, 1), heard=[])[0].over.wait(30)
+        for _ in range(200):
+            sizes.clear()
+            callers = hand_in(engine, *[rows_of(i, 2) for i in range(3)], heard=[])
+            assert all(caller.over.wait(30) for caller in callers)
+            for i, caller in enumerate(callers):
+                np.testing.assert_array_equal(caller.outputs["y"], rows_of(i, 2) * 2 + 1)
+            if callers[0].thread == threading.current_thread().name:
+                break
+        else:
+            pytest.fail("never on this thread")
+        assert sizes == [6]
+        assert engine.queued == (0, 0, 0) and engine.running_s == 0.0
+
+
+def test_threads_that_hand_in_at_once_all_get_their_own_answers():
+    """Each of them may find the lane idle, lent to another one, or busy."""
+    rng = np.random.default_rng(3)
+    slow = rng.random(64) < 0.2
+
+    def compute(inputs):
+        if slow[int(inputs["x"].sum()) % 64]:
+            time.sleep(0.0005)
+        return twice_and_one(inputs)
+
+    def work(thread: int) -> None:
+        for i in range(150):
+            rows = [rows_of(1000 * thread + i + k, 1 + k % 2) for k in range(1 + i % 4)]
+            how = {"timeout_s": 30.0} if i % 3 else {}
+            for x, caller in zip(rows, hand_in(engine, *rows, heard=[], **how), strict=True):
+                assert caller.over.wait(30), "lost"
+                np.testing.assert_array_equal(caller.outputs["y"], x * 2 + 1)
+        done.append(thread)
+
+    done: list[int] = []
+    with engine_of(compute=compute) as engine:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(100):  # beside those that wait for futures
+            np.testing.assert_array_equal(engine.infer({"x": rows_of(5, 3)})["y"], rows_of(5, 3) * 2 + 1)
+        for thread in threads:
+            thread.join(60)
+        assert sorted(done) == [0, 1, 2, 3]
+        assert engine.queued == (0, 0, 0)
+
+
+def test_a_batch_on_the_calling_thread_that_fails_is_run_again_one_by_one():
+    def compute(inputs):
+        if (inputs["x"] == 7).any():
+            raise ValueError("no seven")
+        return twice_and_one(inputs)
+
+    with engine_of(compute=compute) as engine:
+        for _ in range(50):
+            hand_in(engine, rows_of(0, 1), heard=[])[0].over.wait(30)
+        for _ in range(20):
+            good, bad = hand_in(engine, rows_of(0, 1), np.full((1, 3), 7, np.float32), heard=[])
+            assert good.over.wait(30) and bad.over.wait(30)
+            np.testing.assert_array_equal(good.outputs["y"], rows_of(0, 1) * 2 + 1)
+            assert "no seven" in str(bad.error)
 
 
 def test_a_request_that_is_run_again_alone_has_started_before():
-    started = []
+    heard = []
 
     def compute(inputs):
         if len(inputs["x"]) == 2 and (inputs["x"] > 500).any():
@@ -38,10 +140,11 @@ def test_a_request_that_is_run_again_alone_has_started_before():
         return twice_and_one(inputs)
 
     with engine_of(compute=compute, options=policy(max_delay_s=0.2, max_rows=2)) as engine:
-        answers = [engine.submit({"x": rows_of(i, 1)}, on_start=lambda i=i: started.append(i)) for i in (1, 2)]
-        for i, answer in zip((1, 2), answers, strict=True):
-            np.testing.assert_array_equal(answer.result(30)["y"], rows_of(i, 1) * 2 + 1)
-    assert sorted(started) == [1, 2]
+        callers = hand_in(engine, rows_of(1, 1), rows_of(2, 1), heard=heard)
+        for i, caller in zip((1, 2), callers, strict=True):
+            assert caller.over.wait(30)
+            np.testing.assert_array_equal(caller.outputs["y"], rows_of(i, 1) * 2 + 1)
+    assert heard == ["start", "start"]
 
 
 def test_what_never_runs_never_starts():
@@ -54,28 +157,29 @@ def test_what_never_runs_never_starts():
     gate.set()
     with engine_of(compute=compute) as engine:
         gate.clear()
-        running = threading.Event()
-        first = engine.submit({"x": rows_of(0, 1)}, on_start=running.set)
-        assert running.wait(30)
-        cancelled = engine.submit({"x": rows_of(1, 1)}, on_start=lambda: started.append("cancelled"))
-        late = engine.submit({"x": rows_of(1, 1)}, timeout_s=0.05, on_start=lambda: started.append("late"))
-        assert cancelled.cancel()
+        first = Caller([])
+        engine.submit({"x": rows_of(0, 1)})
+        while not engine.running_s:
+            time.sleep(0.001)
+        work = engine.prepare({"x": rows_of(1, 1)}, Caller(started))
+        never = engine.prepare({"x": rows_of(1, 1)}, Caller(started))
+        engine.cancel(never)
+        engine.run([work, never, engine.prepare({"x": rows_of(0, 1)}, first)])
+        engine.cancel(work)
+        (late,) = hand_in(engine, rows_of(1, 1), heard=started, timeout_s=0.05)
         time.sleep(0.1)
         gate.set()
-        first.result(30)
-        assert late.exception(30) is not None
+        assert first.over.wait(30) and late.over.wait(30)
+        assert isinstance(late.error, DeadlineError)
     assert started == []
 
 
-def test_a_callback_that_fails_costs_nobody_anything(caplog):
-    def fails() -> None:
-        raise RuntimeError("mine alone")
-
-    with engine_of() as engine:
-        answer = engine.submit({"x": rows_of(1, 2)}, on_start=fails)
-        np.testing.assert_array_equal(answer.result(30)["y"], rows_of(1, 2) * 2 + 1)
-        engine.infer({"x": rows_of(1, 2)})
-    assert "mine alone" in caplog.text
+def test_a_closed_engine_has_none_of_them():
+    engine = engine_of()
+    works = [engine.prepare({"x": rows_of(i, 1)}, Caller([])) for i in range(2)]
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        engine.run(works)
 
 
 def test_the_time_of_the_oldest_batch_under_way():
@@ -164,7 +268,3 @@ def test_memory_that_several_hold_is_registered_once_and_until_the_last_lets_go(
         holders.leave(place, lambda: calls.append("unregister"))
         calls.append("left")
     assert calls == ["register", "left", "left", "unregister", "left", "left", "left"]
-
-
-def name() -> str:
-    return threading.current_thread().name

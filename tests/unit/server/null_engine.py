@@ -56,6 +56,8 @@ class Behaviour:
         self.live = False  # not while the engine warms up
 
     def __call__(self, inputs):
+        if not self.live and self.word in ("crowd", "sleep", "gate"):
+            time.sleep(0.002)  # or it would be taken for one that is over in no time
         if self.live and self.word == "crowd":
             return self.crowd(inputs, self.value)
         if self.live and self.word == "sleep":

@@ -1,7 +1,6 @@
 """One request within the engine's process: when it ends."""
 
 import time
-from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -19,15 +18,14 @@ class Engine:
 
     def __init__(self) -> None:
         self.oldest: float | None = None
-        self.answer: Future = Future()
 
     @property
     def running_s(self) -> float:
         return 0.0 if self.oldest is None else time.monotonic() - self.oldest
 
-    def submit(self, inputs, *, on_start, **_):
-        self.on_start = on_start
-        return self.answer
+    def prepare(self, inputs, receiver, **_):
+        self.receiver = receiver
+        return object()
 
 
 @pytest.fixture
@@ -42,7 +40,7 @@ def parts():
         forget=lambda run: None,
     )
     run = Run(front, Infer(7, "m", 0, ()), time.monotonic())
-    run.submit(None)
+    assert run.prepare(None) is serving
     return engine, sent
 
 
@@ -58,15 +56,15 @@ def wait_for(sent: list[bytes]) -> Refused:
 def test_one_that_never_ran_is_refused_at_once(parts):
     engine, sent = parts
     engine.oldest = time.monotonic() - 1  # of others
-    engine.answer.set_exception(DeadlineError("late"))
+    engine.receiver.fail(DeadlineError("late"))
     assert (wait_for(sent).id, len(sent)) == (7, 1)
 
 
 def test_one_that_ran_is_refused_when_no_batch_of_its_time_runs_any_more(parts):
     engine, sent = parts
-    engine.on_start()
+    assert engine.receiver.begin()
     engine.oldest = time.monotonic() - 1
-    engine.answer.set_exception(DeadlineError("late"))
+    engine.receiver.fail(DeadlineError("late"))
     time.sleep(0.1)
     assert not sent, "a batch may still be reading its inputs"
     engine.oldest = time.monotonic()  # a later one reads others
