@@ -1,8 +1,6 @@
-"""Small listings for the terminal: what a bundle holds, what the doctor found."""
+"""A small listing for the terminal: what a bundle holds."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,8 +9,6 @@ from rich.table import Table
 from onecard.bundle.manifest import Manifest
 from onecard.report.format import bytes_, duration_ms
 from onecard.spec import bucket_label
-
-_LEVELS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
 
 def print_manifest(manifest: Manifest, console: Console) -> None:
@@ -39,13 +35,3 @@ def print_manifest(manifest: Manifest, console: Console) -> None:
             bytes_(entry.measurement.size_bytes),
         )
     console.print(table)
-
-
-def print_findings(findings: Sequence[tuple[str, str, str, str]], console: Console) -> None:
-    """The doctor's findings: area, level, what was found, and the cure under it."""
-    width = max((len(area) for area, *_ in findings), default=0)
-    for area, level, what, cure in findings:
-        mark = f"[{_LEVELS.get(level, '')}]{level:>7}[/]"
-        console.print(f"{mark}  {escape(area):<{width}}  {escape(what)}", soft_wrap=True)
-        if cure:
-            console.print(f"{'':>7}  {'':<{width}}  → {escape(cure)}", soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,7 +14,9 @@ from rich.text import Text
 
 from onecard.evidence import Candidate
 from onecard.recipe import ORIGINAL
-from onecard.search.options import Progress
+
+if TYPE_CHECKING:
+    from onecard.search.options import Progress
 
 _STYLES = {"ok": "green", "wrong": "red", "crashed": "red", "timeout": "yellow", "out_of_memory": "yellow"}
 

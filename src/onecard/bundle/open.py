@@ -158,7 +158,7 @@ def load_bundle(
     broken = unlisted(folder, manifest.files, (SOURCE, VARIANTS))
     if check_files:
         broken |= damaged(folder, manifest.files.items())
-    skipped = _broken_variants(folder, manifest, broken)
+    skipped = broken_variants(folder, manifest, broken)
     here = detect(place)
     golden = _golden(folder)
     loaded: dict[str, VariantRunner] = {}
@@ -210,7 +210,7 @@ def _first_good(  # noqa: PLR0913, PLR0917 - one step of load_bundle, with its s
             continue
         name = entry.recipe.id
         if name not in loaded:
-            problem = _unfit(manifest, entry, here) or _probe(folder, manifest, name, here)
+            problem = unfit(manifest, entry, here) or _probe(folder, manifest, name, here)
             if not problem:
                 try:
                     runner = _load(folder, manifest, entry, here.device, device_memory)
@@ -251,7 +251,7 @@ def _self_test(runner: VariantRunner, entry: VariantEntry, golden: Mapping[str, 
     return ""
 
 
-def _unfit(manifest: Manifest, entry: VariantEntry, here: Environment) -> str:
+def unfit(manifest: Manifest, entry: VariantEntry, here: Environment) -> str:
     """Why a variant must not even be tried here, if so: other device, or code that would end the process."""
     made_for = manifest.environment.device.partition(":")[0]
     if made_for != here.device.partition(":")[0] and entry.recipe != ORIGINAL:
@@ -278,7 +278,7 @@ def _probe(folder: Path, manifest: Manifest, recipe_id: str, here: Environment) 
     return f"its trial run failed here ({'; '.join(changed)}): {last}"
 
 
-def _broken_variants(folder: Path, manifest: Manifest, broken: Mapping[str, str]) -> dict[str, str]:
+def broken_variants(folder: Path, manifest: Manifest, broken: Mapping[str, str]) -> dict[str, str]:
     """Which variants damaged files rule out; raises where the damage cannot be worked around."""
     if GOLDEN in broken or GOLDEN not in manifest.files:
         raise BundleError(
