@@ -64,7 +64,7 @@ def usable_memory(root: Path = ROOT) -> int:
     limits = [
         int(text)
         for name, version in (("memory.max", 2), ("memory.limit_in_bytes", 1))
-        for text in _read_group("memory", name, version, root)
+        for text in read_group("memory", name, version, root)
         if text.isdigit()
     ]
     return min([total, *limits])
@@ -72,9 +72,9 @@ def usable_memory(root: Path = ROOT) -> int:
 
 def cpu_quota(root: Path = ROOT) -> float | None:
     """Cores' worth of time that the control groups grant, or None if they do not limit it."""
-    pairs = [text.split() for text in _read_group("cpu", "cpu.max", 2, root)]
-    quotas = _read_group("cpu", "cpu.cfs_quota_us", 1, root)
-    periods = _read_group("cpu", "cpu.cfs_period_us", 1, root)
+    pairs = [text.split() for text in read_group("cpu", "cpu.max", 2, root)]
+    quotas = read_group("cpu", "cpu.cfs_quota_us", 1, root)
+    periods = read_group("cpu", "cpu.cfs_period_us", 1, root)
     pairs += [[quota, period] for quota, period in zip(quotas, periods, strict=False)]
     cores = [
         int(pair[0]) / int(pair[1])
@@ -102,7 +102,7 @@ def _cpuinfo(root: Path) -> dict[str, str]:
     return result
 
 
-def _read_group(controller: str, name: str, version: int, root: Path) -> list[str]:
+def read_group(controller: str, name: str, version: int, root: Path) -> list[str]:
     """The file ``name`` of this process's control group and of all groups above it, where there is one.
 
     A limit anywhere above holds too. Within a container the path in /proc may be the host's; the mount then

@@ -127,6 +127,28 @@ def handle_by_uuid(uuid: str) -> Handle | None:
     return None
 
 
+def partition_by_order(index: int) -> Handle | None:
+    """The handle of the partition (MIG) that ``cuda:index`` is, or None for a whole card.
+
+    Only ``CUDA_VISIBLE_DEVICES`` is asked: a process that is to use a partition mostly has it named there.
+    """
+    entries = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return partition_by_uuid(entries[index]) if index < len(entries) and entries[index].startswith("MIG-") else None
+
+
+def partition_by_uuid(uuid: str) -> Handle | None:
+    """The handle of a partition (MIG) by its UUID, with ``MIG-`` before it or not; None for a whole card.
+
+    A partition tells of its memory and its processes; for all other sensors see :func:`handle_by_uuid`.
+    """
+    nvml = library()
+    if nvml is None or uuid.startswith("GPU-"):
+        return None
+    handle = ask(nvml.nvmlDeviceGetHandleByUUID, uuid if uuid.startswith("MIG-") else f"MIG-{uuid}")
+    is_part = handle is not None and ask(nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle) is not None
+    return handle if is_part else None
+
+
 def _handle_by_short_uuid(nvml: Any, prefix: str) -> Handle | None:
     handles = [ask(nvml.nvmlDeviceGetHandleByIndex, index) for index in range(count())]
     fits = [h for h in handles if h is not None and _text(ask(nvml.nvmlDeviceGetUUID, h) or "").startswith(prefix)]
