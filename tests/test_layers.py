@@ -30,6 +30,7 @@ BASE = {
     "environment": {"errors", "host", "nvml"},
     "evidence": {"environment", "recipe", "spec"},
     "tuning": {"environment", "errors"},
+    "arrivals": set(),
 }
 _BASE = set(BASE)
 ALLOWED: dict[str, set[str]] = {
@@ -48,9 +49,11 @@ ALLOWED: dict[str, set[str]] = {
     "streaming": {*_BASE, "models"},
     "runtime": {*_BASE, "models", "backends", "bundle", "kernels"},
     "report": _BASE,
-    "doctor": {*_BASE, "measure"},
+    "doctor": {*_BASE, "bundle", "measure"},
+    "telemetry": {*_BASE, "measure", "report"},
+    "bench": {*_BASE, "report", "runtime", "server", "verify"},
     "listing": {*_BASE, "bundle", "report"},
-    "live": {*_BASE, "search"},
+    "live": _BASE,
     "publish": {*_BASE, "bundle", "report", "search", "verify"},
     "api": {*_BASE, "models", "search", "bundle", "verify", "publish"},
     "api_training": {*_BASE, "api", "models", "training", "verify"},
@@ -59,13 +62,17 @@ ALLOWED: dict[str, set[str]] = {
     "api_tuning": {*_BASE, "bundle", "report", "runtime"},
     "cli_runtime": {*_BASE, "api_tuning", "report", "runtime"},
     "ipc": _BASE,
-    "server": {*_BASE, "ipc", "runtime"},
+    "server": {*_BASE, "ipc", "runtime", "telemetry"},
     "cli_serve": {*_BASE, "ipc", "server"},
+    "cli_bench": {*_BASE, "bench"},
+    "cli_mlperf": {*_BASE, "bench", "report"},
+    "cli_dashboards": {*_BASE, "telemetry"},
+    "cli_monitor": {*_BASE, "server", "telemetry"},
     "cli_memory": {*_BASE, "memory", "report"},
     "cli": {
         *_BASE,
         *("api", "bundle", "cli_memory", "cli_prune", "cli_runtime", "cli_serve", "cli_training", "report"),
-        *("doctor", "listing", "live"),
+        *("cli_bench", "cli_dashboards", "cli_mlperf", "cli_monitor", "doctor", "listing", "live"),
     },
     "__main__": {"cli"},
     "onecard": {"errors"},  # __init__.py; what it names in its table is imported when it is first used

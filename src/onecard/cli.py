@@ -1,4 +1,4 @@
-"""The command line: ``onecard optimize | qat | prune | plan | tune | serve | run | inspect | report | doctor``."""
+"""The command line: ``onecard optimize``, ``serve``, ``bench`` and all the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from onecard import cli_memory, cli_prune, cli_runtime, cli_serve, cli_training
+from onecard import (
+    cli_bench,
+    cli_dashboards,
+    cli_memory,
+    cli_mlperf,
+    cli_monitor,
+    cli_prune,
+    cli_runtime,
+    cli_serve,
+    cli_training,
+)
 from onecard.errors import InterruptedSearch, OnecardError, UsageError
 from onecard.units import parse_duration, parse_size
 
@@ -104,6 +114,10 @@ cli_prune.register(app)
 cli_memory.register(app)
 cli_runtime.register(app)
 cli_serve.register(app)
+cli_bench.register(app)
+cli_mlperf.register(app)
+cli_monitor.register(app)
+cli_dashboards.register(app)
 
 
 @app.command()
@@ -175,21 +189,29 @@ def report(
 
 @app.command()
 def doctor(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A folder that 'onecard optimize' wrote: will it run here, and with what?")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
+    load: Annotated[bool, typer.Option("--load", help="Load every variant of BUNDLE and prove its answers.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="A warning also ends with exit code 1.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The facts and the findings as JSON.")] = False,
 ) -> None:
-    """Check this machine: driver, CUDA, torch, compilers and engines against each other."""
-    from onecard.doctor import diagnose, exit_code
-    from onecard.evidence import to_json
+    """Check this machine, and a bundle on it: driver, CUDA, torch, compilers and engines against each other."""
+    from onecard.doctor import exit_code, visit
 
-    findings = diagnose(device)
+    if load and bundle is None:
+        raise UsageError("--load is about a bundle:", "write onecard doctor BUNDLE --load.")
+    found = visit(device, bundle, load=load)
     if json:
-        sys.stdout.write(to_json(findings).decode() + "\n")
-    else:
-        from onecard.listing import print_findings
+        from onecard.evidence import to_json
 
-        print_findings([(f.area, f.level, f.what, f.cure) for f in findings], _out)
-    raise typer.Exit(exit_code(findings))
+        sys.stdout.write(to_json(found).decode() + "\n")
+    else:
+        from onecard.doctor.show import print_findings
+
+        print_findings(found.findings, _out)
+    raise typer.Exit(exit_code(found.findings, strict=strict))
 
 
 def _thresholds(texts: list[str]) -> dict[str, float]:
