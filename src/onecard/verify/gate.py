@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onecard.evidence import INCOMPARABLE, OutputError, Verdict
+from onecard.evidence import OutputError, Verdict
 from onecard.inputs import make_inputs
 from onecard.spec import Spec
 from onecard.verify.cases import Case
-from onecard.verify.compare import ROW_FACTOR, Threshold, compare, decisive_flips, worst_row
+from onecard.verify.compare import ROW_FACTOR, Threshold, compare, worst_row
+from onecard.verify.judge import Rule, problem
 from onecard.verify.reference import Reference, Run, one_row, probed_rows, read_answers, to_device
 
 _WRONG_CURE = "Nothing to do: the variant is left out. --threshold loosens the gate if such an error is acceptable."
@@ -84,24 +85,9 @@ class Gate:
         known = self.errors.get(name)
         if known is None or error.relative_l2 > known.relative_l2:
             self.errors[name] = error
-        where = f"output '{name}' in case {case.name}"
-        if tuple(out.shape) != tuple(ref.shape):
-            return _wrong(f"{where} has shape {list(out.shape)}, expected {list(ref.shape)}")
-        if error.max_abs >= INCOMPARABLE:
-            return _wrong(f"{where} has NaN or infinity where the original has none, or the reverse")
-        if self.only_sane:
-            return Verdict("ok")
-        if error.relative_l2 > self.threshold.relative_l2:
-            return _wrong(f"{where}: relative error {error.relative_l2:.2e} exceeds {self.threshold.relative_l2:.0e}")
-        if error.cosine < self.threshold.cosine:
-            return _wrong(f"{where}: cosine {error.cosine:.5f} is below {self.threshold.cosine}")
-        row, row_error = worst_row(out, ref)
-        if self.spec.batch_symbol and row_error > ROW_FACTOR * self.threshold.relative_l2:
-            return _wrong(f"{where}: row {row} has relative error {row_error:.2e}, the rest are right")
-        flips = decisive_flips(out, ref, self.threshold.relative_l2)
-        if flips:
-            return _wrong(f"{where}: {flips} rows have another largest element where the original was clear")
-        return Verdict("ok")
+        rule = Rule(self.threshold, self.spec.batch_symbol is not None, self.only_sane)
+        wrong = problem(out, ref, error, rule, f"output '{name}' in case {case.name}")
+        return _wrong(wrong) if wrong else Verdict("ok")
 
     def _judge_rows(self, run: Run, case: Case, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Verdict:
         """Each row of a batch must equal that row alone: tried on the first, a middle and the last row."""
