@@ -39,6 +39,13 @@ def tune_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     rows: Annotated[int, typer.Option(help="Rows of every request in the search under limits.")] = 1,
     seconds_per_point: Annotated[float, typer.Option(help="For each batch size, at least.")] = 0.5,
     time_limit: Annotated[str, typer.Option(help="After it only what was found is confirmed.")] = "5m",
+    ingest: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT=DTYPE ...",
+            help="Send an input so: 'image=uint8 NHWC mean=.. std=..', 'ids=int32'. Repeat it.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured.")] = False,
     json: Annotated[bool, typer.Option("--json", help="What was found as JSON.")] = False,
@@ -55,6 +62,7 @@ def tune_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         rows,
         seconds_per_point,
         parse_duration(time_limit),
+        tuple(ingest or ()),
     )
     if dry_run:
         plan = plan_tuning(bundle, device=device, options=options)
@@ -133,6 +141,8 @@ def _print_plan(plan: TunePlan) -> None:
         return ", ".join(f"{value:g}" for value in values)
 
     _out.print(f"on {plan.device}, about {plan.seconds:.0f} s:")
+    if plan.ingest:
+        _out.print(f"  sent as     {escape(', '.join(plan.ingest))}", soft_wrap=True)
     _out.print(f"  batches     {words(plan.batches)}", soft_wrap=True)
     _out.print(f"  lanes       {words(plan.lanes)}")
     _out.print(f"  p99 limits  {words(plan.limits_ms)} ms, requests of {plan.rows} row{'s' if plan.rows > 1 else ''}")

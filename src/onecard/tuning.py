@@ -92,6 +92,8 @@ class Tuning(msgspec.Struct, frozen=True):
         seconds: that it took.
         notes: what else the user should know.
         format: of the file.
+        ingest: raw forms in which all was sent, in the words of ``onecard tune --ingest``; an engine with this tuning
+            takes them.
     """
 
     device: _Text
@@ -106,6 +108,7 @@ class Tuning(msgspec.Struct, frozen=True):
     seconds: _Amount = 0.0
     notes: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=1_000)] = ()
     format: int = TUNING_FORMAT
+    ingest: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=1_000)] = ()
 
     @property
     def measured(self) -> tuple[LoadPoint, ...]:

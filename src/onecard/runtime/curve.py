@@ -27,7 +27,7 @@ from onecard.runtime.faults import explained, is_device_lost, is_out_of_memory
 from onecard.runtime.served import Served
 from onecard.runtime.staging import Flight, Stage
 from onecard.runtime.work import Lengths
-from onecard.spec import Bucket
+from onecard.spec import Bucket, Spec
 from onecard.tuning import LoadPoint
 
 ROUNDS = 3
@@ -38,10 +38,17 @@ _NOT_REACHED = "not measured: the time was over"
 
 
 class LanePlace(NamedTuple):
-    """A lane of the curve: a model and the stage that it runs on."""
+    """A lane of the curve.
+
+    Args:
+        model: that runs on it.
+        stage: where.
+        sent: the spec of what is sent; None for the model's own.
+    """
 
     model: Served
     stage: Stage
+    sent: Spec | None = None
 
 
 @dataclass
@@ -122,7 +129,7 @@ def measure_curve(
     """
     model = places[0].model
     series = [_Series(batch, model.fit(batch, lengths_of(model))) for batch in sorted({*batches})]
-    inputs: dict[str, Tensor | np.ndarray[Any, Any]] = {**make_inputs(model.spec, series[-1].size)}
+    inputs: dict[str, Tensor | np.ndarray[Any, Any]] = {**make_inputs(places[0].sent or model.spec, series[-1].size)}
     with ExitStack() as stack:
         lanes = [_Lane(place, stack.enter_context(ThreadPoolExecutor(1, "onecard-tune"))) for place in places]
         stop = threading.Event()

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import msgspec
+import torch
 from torch import Tensor
 
 from onecard.errors import SpecError
-from onecard.runtime.slots import Array
-from onecard.spec import Spec, TensorSpec
+from onecard.runtime.slots import Array, as_tensor
+from onecard.spec import Dim, Range, Spec, TensorSpec
 
 Shape = tuple[int, ...]
+Size = TypeVar("Size", bound=Dim)
 _PICTURE_DTYPES = ("float32", "float16", "bfloat16")
 _EXACT_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 _BITS = {"bool": 1, "int8": 7, "uint8": 8, "int16": 15, "int32": 31, "int64": 63}
@@ -39,8 +42,13 @@ class Ingest(Protocol):
         """Raise a SpecError where the model's input cannot be made from this form."""
         ...
 
-    def raw_shape(self, shape: Shape) -> Shape:
-        """What is sent for an input of this shape."""
+    @property
+    def raw_values(self) -> Range | None:
+        """The smallest and largest value that is sent; None for those of the input itself."""
+        ...
+
+    def raw_shape(self, shape: tuple[Size, ...]) -> tuple[Size, ...]:
+        """What is sent for an input of this shape, in which there may be symbols."""
         ...
 
     def model_shape(self, raw_shape: Shape) -> Shape:
@@ -77,6 +85,10 @@ class Picture:
     def raw_dtype(self) -> str:
         return "uint8"
 
+    @property
+    def raw_values(self) -> Range | None:
+        return Range(0, 255)
+
     @classmethod
     def unit(cls, name: str, mean: Sequence[float], std: Sequence[float], layout: str = "NHWC") -> Picture:
         """From the mean and deviation of numbers from 0 to 1, as torchvision and timm state them."""
@@ -99,7 +111,7 @@ class Picture:
         if 0 in self.std:
             raise SpecError(f"a std of 0 was given for the pictures of '{self.input}'.")
 
-    def raw_shape(self, shape: Shape) -> Shape:
+    def raw_shape(self, shape: tuple[Size, ...]) -> tuple[Size, ...]:
         batch, channels, height, width = shape
         return (batch, height, width, channels) if self.layout == "NHWC" else shape
 
@@ -132,6 +144,10 @@ class Cast:
     input: str
     raw_dtype: str
 
+    @property
+    def raw_values(self) -> Range | None:
+        return None
+
     def check(self, spec: Spec) -> None:
         tensor = _find(spec, self.input)
         if not _exact(self.raw_dtype, tensor.dtype):
@@ -140,7 +156,7 @@ class Cast:
                 f"Narrower are {', '.join(d for d in (*_BITS, *_EXACT_BITS) if _exact(d, tensor.dtype)) or 'none'}.",
             )
 
-    def raw_shape(self, shape: Shape) -> Shape:
+    def raw_shape(self, shape: tuple[Size, ...]) -> tuple[Size, ...]:
         return shape
 
     def model_shape(self, raw_shape: Shape) -> Shape:
@@ -163,6 +179,48 @@ def check_ingests(spec: Spec, ingests: Sequence[Ingest]) -> dict[str, Ingest]:
             raise SpecError(f"the input '{ingest.input}' was given two raw forms.", "Leave one.")
         found[ingest.input] = ingest
     return found
+
+
+def raw_inputs(spec: Spec, ingests: Sequence[Ingest]) -> tuple[TensorSpec, ...]:
+    """The raw forms in a spec's words, named as their inputs are: what else callers may send.
+
+    Raises:
+        SpecError: see :func:`check_ingests`.
+    """
+    found = check_ingests(spec, ingests)
+    return tuple(_raw_input(tensor, found[tensor.name]) for tensor in spec.inputs if tensor.name in found)
+
+
+def raw_spec(spec: Spec, ingests: Sequence[Ingest]) -> Spec:
+    """The spec of callers who send every input in its raw form, if it has one.
+
+    Raises:
+        SpecError: see :func:`check_ingests`.
+    """
+    raw = {tensor.name: tensor for tensor in raw_inputs(spec, ingests)}
+    return msgspec.structs.replace(spec, inputs=tuple(raw.get(tensor.name, tensor) for tensor in spec.inputs))
+
+
+def in_model_form(spec: Spec, ingests: Sequence[Ingest], inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """One caller's inputs, checked before, as the model itself takes them; on the host.
+
+    Args:
+        spec: what the model takes.
+        ingests: see :func:`check_ingests`.
+        inputs: each in the model's form or the raw one.
+    """
+    found = {ingest.input: ingest for ingest in ingests}
+    made = dict(inputs)
+    for tensor in spec.inputs:
+        array, ingest = inputs[tensor.name], found.get(tensor.name)
+        if ingest is None or dtype_name(array) == tensor.dtype:
+            continue
+        with torch.no_grad():
+            raw = as_tensor(array)
+            out = torch.empty(ingest.model_shape(tuple(raw.shape)), dtype=getattr(torch, tensor.dtype))
+            ingest(raw, out)
+        made[tensor.name] = out
+    return made
 
 
 def model_shapes(spec: Spec, ingests: Mapping[str, Ingest], inputs: Mapping[str, Array]) -> dict[str, Shape]:
@@ -202,6 +260,14 @@ def model_shapes(spec: Spec, ingests: Mapping[str, Ingest], inputs: Mapping[str,
 def dtype_name(array: Array) -> str:
     """The dtype as specs write it."""
     return str(array.dtype).removeprefix("torch.")
+
+
+def _raw_input(tensor: TensorSpec, ingest: Ingest) -> TensorSpec:
+    dtype, values = ingest.raw_dtype, ingest.raw_values or tensor.values
+    if values is not None and dtype in _BITS:  # a narrower dtype may not hold all that a test input could be
+        low, high = (0 if dtype in ("bool", "uint8") else -(1 << _BITS[dtype])), (1 << _BITS[dtype]) - 1
+        values = Range(max(low, min(values.low, high)), min(high, max(values.high, low)))
+    return TensorSpec(tensor.name, dtype, ingest.raw_shape(tensor.shape), values)
 
 
 def _find(spec: Spec, name: str) -> TensorSpec:

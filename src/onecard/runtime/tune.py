@@ -13,9 +13,11 @@ from pathlib import Path
 from onecard.bundle.open import OnecardWarning
 from onecard.bundle.tuning_file import read_tuning
 from onecard.environment import Environment, detect, resolve_device
-from onecard.errors import BundleError, EngineError, UsageError
+from onecard.errors import BundleError, EngineError, SpecError, UsageError
 from onecard.runtime.curve import ROUNDS, batches_of, lengths_of
 from onecard.runtime.engine import EngineOptions
+from onecard.runtime.ingest import Ingest, check_ingests
+from onecard.runtime.ingest_text import make_ingests, read_forms
 from onecard.runtime.knee import knee
 from onecard.runtime.limits import BatchPolicy
 from onecard.runtime.served import Served
@@ -43,6 +45,7 @@ class TuneOptions:
         rows: of every request in the search for settings.
         point_s: how long each point of the curve is measured at least.
         time_limit_s: after it nothing more is begun but confirming what was found.
+        ingest: raw forms in which all inputs that have one are sent (:mod:`onecard.runtime.ingest_text`).
     """
 
     p99_limits_ms: tuple[float, ...] = ()
@@ -51,6 +54,7 @@ class TuneOptions:
     rows: int = 1
     point_s: float = 0.5
     time_limit_s: float = 300.0
+    ingest: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("point_s", "time_limit_s"):
@@ -60,6 +64,8 @@ class TuneOptions:
             raise UsageError(f"a p99 limit of {min(self.p99_limits_ms)} ms cannot be kept: it must be above 0.")
         if any(not 1 <= lanes <= _MOST_LANES for lanes in self.lanes):
             raise UsageError(f"lanes are {list(self.lanes)}, but must be 1 to {_MOST_LANES}.")
+        if named := [form.model for form in read_forms(self.ingest) if form.model]:
+            raise UsageError(f"one model is tuned, which the raw forms are for: '{named[0]}:' is too much.")
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class TunePlan:
         limits_ms: p99 limits.
         rows: of a request.
         seconds: that it takes roughly.
+        ingest: raw forms in which inputs are sent.
     """
 
     device: str
@@ -81,6 +88,7 @@ class TunePlan:
     limits_ms: tuple[float, ...]
     rows: int
     seconds: float
+    ingest: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,9 @@ def make_plan(model: Served, options: TuneOptions) -> TunePlan:
     """Settle what is measured.
 
     Raises:
-        UsageError: a batch or a number of rows that the model does not take.
+        UsageError: a batch, a number of rows or a raw form that the model does not take.
     """
+    check_ingests(model.spec, make_ingests(options.ingest))
     batch = model.spec.batch_symbol
     if batch is None and options.rows != 1:
         raise UsageError("this model has no batch dimension: a request has one row.", "Leave --rows away.")
@@ -116,7 +125,8 @@ def make_plan(model: Served, options: TuneOptions) -> TunePlan:
     lanes = tuple(sorted({*options.lanes})) or (DEFAULT_LANES if model.device != "cpu" else (1,))
     limits = tuple(sorted({*options.p99_limits_ms})) or DEFAULT_LIMITS_MS
     seconds = len(lanes) * (len(batches) * options.point_s * (ROUNDS + 1) / ROUNDS + len(limits) * _SEARCH_S)
-    return TunePlan(model.device, batches, lanes, limits, options.rows, min(seconds, options.time_limit_s))
+    forms = tuple(form.text for form in read_forms(options.ingest))
+    return TunePlan(model.device, batches, lanes, limits, options.rows, min(seconds, options.time_limit_s), forms)
 
 
 def tune(
@@ -143,7 +153,8 @@ def tune(
     options = options or TuneOptions()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     began = time.monotonic()
-    with Bench(open_model(), open_model, EngineOptions(), options.rows) as bench:
+    engine_options = EngineOptions(ingest=make_ingests(options.ingest))
+    with Bench(open_model(), open_model, engine_options, options.rows) as bench:
         plan = make_plan(bench.model, options)
         told = _Told(observe, began)
         points = _measure_curves(bench, plan, options, told)
@@ -164,6 +175,7 @@ def tune(
         started,
         time.monotonic() - began,
         tuple(_notes(search, options, lengths, all(s.failed for s in settings))),
+        ingest=plan.ingest,
     )
 
 
@@ -177,16 +189,18 @@ def tuned_options(folder: str | Path, p99_limit_ms: float | None = None, device:
 
     Returns:
         Options for :class:`onecard.runtime.engine.Engine`. Those by default where the bundle was never tuned, and
-        where its tuning is damaged or of another machine or device: then a :class:`OnecardWarning` says so.
+        where its tuning is damaged or of another machine or device: then a :class:`OnecardWarning` says so. The raw
+        forms that it was tuned with are taken on any machine, since clients send them.
 
     Raises:
         UsageError: a limit is given, but no setting keeps it.
         BundleError: no bundle.
     """
-    tuning = _usable_tuning(Path(folder), device)
+    tuning, ingest = _read_tuning(Path(folder))
+    tuning = tuning if tuning and _is_of_here(tuning, Path(folder), device) else None
     if p99_limit_ms is None:
         found = tuning.knee if tuning else None
-        return _options(found.batch, 0.0, found.lanes) if found else EngineOptions()
+        return _options(found.batch, 0.0, found.lanes, ingest) if found else EngineOptions(ingest=ingest)
     setting = tuning.setting(p99_limit_ms) if tuning else None
     if setting is None:
         kept = [f"{s.p99_limit_ms:g} ms" for s in tuning.settings if not s.failed] if tuning else []
@@ -194,24 +208,27 @@ def tuned_options(folder: str | Path, p99_limit_ms: float | None = None, device:
             f"{folder} was tuned for no p99 of {p99_limit_ms:g} ms or less (but for {', '.join(kept) or 'none'}).",
             f"Run: onecard tune {folder} --p99 {p99_limit_ms:g}ms.",
         )
-    return _options(setting.batch, setting.max_delay_ms / 1e3, setting.lanes)
+    return _options(setting.batch, setting.max_delay_ms / 1e3, setting.lanes, ingest)
 
 
-def _options(batch: int, max_delay_s: float, lanes: int) -> EngineOptions:
-    return EngineOptions(policy=BatchPolicy(max_delay_s=max_delay_s, max_rows=batch), lanes=lanes)
+def _options(batch: int, max_delay_s: float, lanes: int, ingest: tuple[Ingest, ...]) -> EngineOptions:
+    return EngineOptions(policy=BatchPolicy(max_delay_s=max_delay_s, max_rows=batch), lanes=lanes, ingest=ingest)
 
 
-def _usable_tuning(folder: Path, device: str) -> Tuning | None:
-    """The tuning of a bundle, unless it tells nothing about this machine."""
+def _read_tuning(folder: Path) -> tuple[Tuning | None, tuple[Ingest, ...]]:
+    """The tuning of a bundle, if it was tuned and the file is whole, and the raw forms of it."""
     try:
         tuning = read_tuning(folder)
-    except BundleError as error:
+        return tuning, make_ingests(tuning.ingest) if tuning else ()
+    except (BundleError, SpecError) as error:
         if not (folder / "onecard.json").is_file():
             raise
         warnings.warn(f"the tuning is passed over: {error}", OnecardWarning, stacklevel=3)
-        return None
-    if tuning is None:
-        return None
+        return None, ()
+
+
+def _is_of_here(tuning: Tuning, folder: Path, device: str) -> bool:
+    """Whether a tuning tells anything about this machine."""
     made_on, now_on = _place(tuning.environment), _place_here(tuning.device if device == "auto" else device)
     if made_on != now_on:
         warnings.warn(
@@ -219,8 +236,7 @@ def _usable_tuning(folder: Path, device: str) -> Tuning | None:
             OnecardWarning,
             stacklevel=3,
         )
-        return None
-    return tuning
+    return made_on == now_on
 
 
 def _place_here(device: str) -> str:
@@ -287,6 +303,8 @@ def _lengths(model: Served) -> dict[str, int]:
 
 def _notes(search: SettingSearch, options: TuneOptions, lengths: dict[str, int], none_held: bool) -> list[str]:
     notes = []
+    if options.ingest:
+        notes.append(f"Measured with inputs sent as {', '.join(form.text for form in read_forms(options.ingest))}.")
     if lengths:
         sizes = ", ".join(f"{name}={size}" for name, size in lengths.items())
         notes.append(f"Measured at {sizes}, the longest; shorter inputs are answered sooner.")

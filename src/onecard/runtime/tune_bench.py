@@ -17,12 +17,14 @@ from onecard.inputs import make_inputs
 from onecard.runtime.curve import LanePlace, lengths_of, measure_curve
 from onecard.runtime.engine import Engine, EngineOptions
 from onecard.runtime.faults import is_out_of_memory
+from onecard.runtime.ingest import raw_spec
 from onecard.runtime.limits import BatchPolicy
 from onecard.runtime.open_loop import Inputs, Load, LoadResult, run_load
 from onecard.runtime.rate_search import Candidate
 from onecard.runtime.served import Served
 from onecard.runtime.stages import open_stage
 from onecard.runtime.stats import BatchStats
+from onecard.spec import Spec
 from onecard.tuning import LoadPoint
 
 OpenModel = Callable[[], Served]
@@ -105,7 +107,7 @@ class Bench:
     @functools.cached_property
     def requests(self) -> list[Inputs]:
         """What is sent, as callers would: NumPy arrays of the longest lengths, each with rows of its own."""
-        return _requests(self.model, self._rows)
+        return _requests(self.model, raw_spec(self.model.spec, self._options.ingest), self._rows)
 
     def close(self) -> None:
         """Release everything."""
@@ -129,7 +131,7 @@ class Bench:
         options = replace(self._options, policy=BatchPolicy(max_rows=most_rows))
         stage = open_stage(model, options)
         stack.callback(stage.close)
-        return LanePlace(model, stage)
+        return LanePlace(model, stage, raw_spec(model.spec, options.ingest))
 
     def _engine_for(self, lanes: int, most_rows: int) -> Engine:
         if self._engine is not None and (lanes, most_rows) == (self._engine_lanes, self._engine_rows):
@@ -193,8 +195,8 @@ class _Lent:
         """The bench does it."""
 
 
-def _requests(model: Served, rows: int) -> list[Inputs]:
-    spec, batch = model.spec, model.spec.batch_symbol
+def _requests(model: Served, spec: Spec, rows: int) -> list[Inputs]:
+    batch = spec.batch_symbol
     size = dict(zip((name for name in spec.symbols if name != batch), lengths_of(model), strict=True))
     if batch is not None:
         size[batch] = rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +13,12 @@ from onecard.errors import DeviceMemoryError
 from onecard.inputs import make_inputs
 from onecard.runtime.entries import Source
 from onecard.runtime.faults import is_out_of_memory
+from onecard.runtime.ingest import Ingest, raw_spec
 from onecard.runtime.served import Served
 from onecard.runtime.slots import Array
 from onecard.runtime.stages import largest_sizes
 from onecard.runtime.staging import Stage
-from onecard.spec import Bucket, bucket_label
+from onecard.spec import Bucket, Spec, bucket_label
 
 if TYPE_CHECKING:
     from onecard.runtime.dispatch import Dispatch
@@ -47,7 +49,7 @@ def warm_up(model: Served, stage: Stage, options: EngineOptions, dispatch: Dispa
         if size in sizes[:index] or not dispatch.runs(size):
             continue
         try:
-            seconds = _time(model, stage, size)
+            seconds = _time(model, stage, size, options.ingest)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -64,12 +66,11 @@ def warm_up(model: Served, stage: Stage, options: EngineOptions, dispatch: Dispa
     return skipped
 
 
-def _time(model: Served, stage: Stage, size: Bucket) -> float:
+def _time(model: Served, stage: Stage, size: Bucket, ingests: Sequence[Ingest]) -> float:
     """Seconds of one batch, host to host; raw forms of the inputs are run once too, since they compile kernels."""
-    inputs: dict[str, Array] = dict(make_inputs(model.spec, size))
-    source = Source(inputs, 0, _rows(model, size))
+    raw = [_source(model, raw_spec(model.spec, ingests), size)] if ingests else []
     seconds = 0.0
-    for _ in range(_RUNS):
+    for source in (*raw, *[_source(model, model.spec, size)] * _RUNS):
         began = time.perf_counter()
         flight = stage.launch([source], source.rows, size)
         try:
@@ -78,6 +79,11 @@ def _time(model: Served, stage: Stage, size: Bucket) -> float:
             flight.release()
         seconds = time.perf_counter() - began
     return seconds
+
+
+def _source(model: Served, sent: Spec, size: Bucket) -> Source:
+    inputs: dict[str, Array] = dict(make_inputs(sent, size))
+    return Source(inputs, 0, _rows(model, size))
 
 
 def _rows(model: Served, size: Bucket) -> int:
