@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "memory": {*_BASE, "models", "transforms", "measure", "bundle", "search"},
     "streaming": {*_BASE, "models"},
-    "runtime": {*_BASE, "models", "backends", "bundle", "kernels"},
+    "runtime": {*_BASE, "models", "backends", "bundle", "kernels", "verify"},
     "report": _BASE,
     "doctor": {*_BASE, "bundle", "measure"},
     "telemetry": {*_BASE, "measure", "report"},

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onecard.server.http_server import HttpServer
     from onecard.server.logs import Form
     from onecard.server.serving import Serving
+    from onecard.telemetry.exposition import Compatibility
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _err = Console(stderr=True, highlight=False)
@@ -52,10 +53,25 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     http_port: Annotated[int, typer.Option(envvar="ONECARD_HTTP_PORT", help="0 for one that is free.")] = 8000,
     grpc: Annotated[bool, typer.Option(envvar="ONECARD_GRPC", help="Whether to serve gRPC as well.")] = True,
     grpc_port: Annotated[int, typer.Option(envvar="ONECARD_GRPC_PORT", help="0 for one that is free.")] = 8001,
+    metrics_port: Annotated[
+        int,
+        typer.Option(envvar="ONECARD_METRICS_PORT", help="For /metrics alone; 0 for one that is free, -1 for none."),
+    ] = 8002,
+    metrics_compat: Annotated[
+        str, typer.Option(envvar="ONECARD_METRICS_COMPAT", help="triton: its names of metrics as well.")
+    ] = "",
     uds: Annotated[Path | None, typer.Option(envvar="ONECARD_UDS", help="Also a Unix-domain socket there.")] = None,
     device: Annotated[str, typer.Option(envvar="ONECARD_DEVICE", help="auto, cpu or cuda:0.")] = "auto",
     device_memory: Annotated[
         str | None, typer.Option(envvar="ONECARD_DEVICE_MEMORY", help="Run each model within so much: 4GiB.")
+    ] = None,
+    ingest: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[MODEL:]INPUT=DTYPE ...",
+            envvar="ONECARD_INGEST",
+            help="An input may also come so: 'image=uint8 NHWC mean=.. std=..', 'ids=int32'. Repeat it.",
+        ),
     ] = None,
     p99: Annotated[
         str | None, typer.Option("--p99", envvar="ONECARD_P99", help="Run as 'onecard tune' found for this limit: 5ms.")
@@ -80,6 +96,9 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         str, typer.Option(envvar="ONECARD_ANSWER_MEMORY", help="Shared memory for answers that are being sent.")
     ] = "256MiB",
     max_connections: Annotated[int, typer.Option(envvar="ONECARD_MAX_CONNECTIONS", help="Open at once.")] = 1000,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, envvar="ONECARD_WORKERS", help="Processes with sockets, on the same ports.")
+    ] = 1,
     tls_certificate: Annotated[Path | None, typer.Option(envvar="ONECARD_TLS_CERTIFICATE", help="PEM file.")] = None,
     tls_key: Annotated[Path | None, typer.Option(envvar="ONECARD_TLS_KEY", help="PEM file.")] = None,
     tls_client_ca: Annotated[
@@ -101,6 +120,15 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     cuda_shared_memory: Annotated[
         bool, typer.Option(envvar="ONECARD_CUDA_SHARED_MEMORY", help="Clients may share memory of the card.")
     ] = False,
+    sentinel: Annotated[
+        int,
+        typer.Option(
+            min=0, envvar="ONECARD_SENTINEL", help="One request in so many is answered again by the original; 0: none."
+        ),
+    ] = 0,
+    sentinel_device: Annotated[
+        str, typer.Option(envvar="ONECARD_SENTINEL_DEVICE", help="Where that runs: cpu, or same as the model.")
+    ] = "cpu",
     hang_timeout: Annotated[
         str, typer.Option(envvar="ONECARD_HANG_TIMEOUT", help="An engine silent for so long is started again.")
     ] = "10s",
@@ -115,6 +143,14 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         float, typer.Option(envvar="ONECARD_ACCESS_LOG", help="Part of the requests that is logged: 1 is all.")
     ] = 0.0,
     log_level: Annotated[str, typer.Option(envvar="ONECARD_LOG_LEVEL", help="debug, info, warning ...")] = "info",
+    trace_endpoint: Annotated[
+        str | None,
+        typer.Option(envvar="ONECARD_TRACE_ENDPOINT", help="Trace requests; tell this collector (OTLP over HTTP)."),
+    ] = None,
+    trace_sample: Annotated[
+        float,
+        typer.Option(envvar="ONECARD_TRACE_SAMPLE", help="Part that is traced of requests whose caller traces not."),
+    ] = 0.01,
 ) -> None:
     """Serve bundles by the Open Inference Protocol v2. Without TLS and tokens: for trusted networks only."""
     from onecard.server.config import model_options, named_bundles
@@ -125,20 +161,26 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     from onecard.server.http_tls import tls_context
     from onecard.server.http_types import HttpLimits
     from onecard.server.logs import setup_logs
+    from onecard.server.raw_forms import check_forms
     from onecard.server.repository import Source, read_names
     from onecard.server.serve import ServeOptions, run_server
+    from onecard.server.traces import TraceOptions
+    from onecard.server.worker_keeper import KeeperOptions
+    from onecard.server.worker_messages import TlsFiles
+    from onecard.server.workers import WorkersOptions
 
     if tls_certificate is None and (tls_key or tls_client_ca):
         raise UsageError("--tls-key and --tls-client-ca need --tls-certificate.", "Give the certificate as well.")
     tls = tls_context(tls_certificate, tls_key, tls_client_ca) if tls_certificate else None
     setup_logs(cast("Form", log_format), log_level)
     access = _access(auth_token_file, control_token_file)
-    words = named_bundles(ctx, bundles)
+    names = read_names(named_bundles(ctx, bundles))
+    check_forms(ingest or (), None if model_repository else names)
     if host not in _LOOPBACK and tls is None:
         tokens = "" if auth_token_file else " and without tokens"
         _err.print(f"[yellow]warning:[/] {escape(host)} may be reached from elsewhere, without TLS{tokens}.")
     options = ServeOptions(
-        {name: Source(path, _model(model_options(ctx, name))) for name, path in read_names(words).items()},
+        {name: Source(path, _model(model_options(ctx, name))) for name, path in names.items()},
         Listen(host, http_port, uds, tls=tls),
         HttpLimits(max_body_bytes=parse_size(max_body), max_connections=max_connections),
         ClientOptions(parse_size(request_memory), parse_size(answer_memory)),
@@ -151,6 +193,16 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         watch,
         _model(model_options(ctx, "")),
         drain_s=parse_duration(drain_timeout),
+        workers=WorkersOptions(
+            workers,
+            TlsFiles(tls_certificate, tls_key, tls_client_ca) if tls_certificate else None,
+            cast("Form", log_format),
+            log_level,
+            KeeperOptions(hang_s=parse_duration(hang_timeout)),
+        ),
+        trace=TraceOptions(trace_endpoint, trace_sample) if trace_endpoint else None,
+        metrics=Listen(host, metrics_port) if metrics_port >= 0 else None,
+        metrics_names=_names(metrics_compat),
         grpc=GrpcListen(host, grpc_port, None, 0o600, tls_certificate, tls_key, tls_client_ca) if grpc else None,
     )
     run_server(options, _Announcer())
@@ -175,8 +227,25 @@ def _model(values: Mapping[str, Any]) -> ModelOptions:
         parse_duration(p99) * 1e3 if p99 else None,
         policy,
         parse_duration(timeout) if timeout else None,
+        tuple(values["ingest"] or ()),
         device_memory=parse_size(memory) if memory else None,
+        sentinel=values["sentinel"],
+        sentinel_device=_sentinel_device(values["sentinel_device"]),
     )
+
+
+def _sentinel_device(value: str) -> str:
+    from onecard.ipc.messages import SENTINEL_DEVICES
+
+    if value not in SENTINEL_DEVICES:
+        raise UsageError(f"--sentinel-device is '{value[:32]}', expected {' or '.join(SENTINEL_DEVICES)}.")
+    return value
+
+
+def _names(value: str) -> Compatibility:
+    if value not in ("", "triton"):
+        raise UsageError(f"--metrics-compat is '{value[:32]}', expected triton.")
+    return cast("Compatibility", value)
 
 
 def _access(auth: Path | None, control: Path | None) -> Access:
@@ -195,10 +264,14 @@ class _Announcer:
     def listening_grpc(self, port: int) -> None:
         _err.print(f"gRPC on port {port}")
 
+    def listening_metrics(self, port: int) -> None:
+        _err.print(f"metrics on port {port}")
+
     def ready(self, serving: Serving) -> None:
         for model in serving.client.models.values():
             if model.contract is not None:
-                what = f"{model.contract.spec} on {model.device}"
+                also = "".join(f", also {tensor}" for tensor in model.contract.also)
+                what = f"{model.contract.spec}{also} on {model.device}"
                 _err.print(f"[green]ready[/] {escape(model.name)}: {escape(what)}", soft_wrap=True)
 
 

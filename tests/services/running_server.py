@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
+from onecard.bundle.manifest import MANIFEST, encode_manifest, read_manifest
+from onecard.environment import detect
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundle-v1"
+"""A bundle from another machine. Servers are given :func:`golden_of_here` in its place."""
 _PORT = re.compile(r"listening on 127\.0\.0\.1 port (\d+)")
+
+
+@functools.cache
+def golden_of_here() -> Path:
+    """A copy of the golden bundle that says that it was made here, with what is installed.
+
+    A bundle from elsewhere is opened only after each engine was tried in a process of its own, for some seconds; that
+    has tests of its own.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="onecard-golden-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    bundle = folder / GOLDEN.name
+    shutil.copytree(GOLDEN, bundle)
+    manifest = read_manifest(bundle)
+    here = msgspec.structs.replace(manifest, environment=detect("cpu"))
+    (bundle / MANIFEST).write_bytes(encode_manifest(here))
+    return bundle
 
 
 class Server:
@@ -26,7 +53,8 @@ class Server:
     """
 
     def __init__(self, *words: str, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-W", "ignore", "-m", "onecard", "serve", *words]
+        named = [word.replace(str(GOLDEN), str(golden_of_here())) for word in words]
+        command = [sys.executable, "-W", "ignore", "-m", "onecard", "serve", *named]
         here = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=here, start_new_session=True)
         self.lines: list[str] = []
@@ -64,7 +92,8 @@ class Server:
 @contextlib.contextmanager
 def serving(*words: str, environment: dict[str, str] | None = None) -> Iterator[tuple[int, Server]]:
     """A server that is ready: its port, and itself. Nothing of it is left afterwards."""
-    server = Server(*words, "--http-port", "0", "--grpc-port", "0", environment=environment)
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    server = Server(*words, *ports, environment=environment)
     try:
         yield server.wait_until_ready(), server
     finally:

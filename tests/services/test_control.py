@@ -142,7 +142,8 @@ def test_a_configuration_file(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "bundle")
     file = tmp_path / "onecard.toml"
     file.write_text(
-        'http-port = 0\nlog-format = "json"\naccess-log = 1.0\n\n[models.tom]\npath = "bundle"\nmax-batch = 2\n'
+        "http-port = 0\nmetrics-port = 0\n"
+        'log-format = "json"\naccess-log = 1.0\n\n[models.tom]\npath = "bundle"\nmax-batch = 2\n'
     )
     with serving("--config", str(file)) as (port, server):
         assert ask(port, "GET", "/v2/models/tom?x=1", {"X-Request-Id": "mine"})[0] == 200

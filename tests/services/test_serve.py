@@ -156,7 +156,7 @@ def test_many_at_once_get_their_own_answers(port, golden):
 @pytest.mark.parametrize(
     ("method", "path", "status", "words"),
     [
-        ("GET", "/", 404, "begins with /v2"),
+        ("GET", "/v3", 404, "begins with /v2"),
         ("GET", "/v2/nothing", 404, "nothing at"),
         ("GET", "/v2/models/none", 404, "no model 'none'"),
         ("GET", "/v2/models/small/versions/7", 404, "no version '7'"),
@@ -295,7 +295,8 @@ def test_a_unix_domain_socket(tmp_path, golden):
 )
 def test_mistakes_end_in_one_message(words, code, text):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "onecard", "serve", *words, "--http-port", "0", "--no-grpc"],
+        [sys.executable, "-W", "ignore", "-m", "onecard", "serve", *words,
+         "--http-port", "0", "--no-grpc", "--metrics-port", "-1"],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == code, done.stderr

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from onecard.spec import Spec
+from onecard.spec import Spec, TensorSpec
 
 VERSION = 1
 """Of these messages; both sides are of one installation, so another one is refused."""
@@ -31,6 +31,10 @@ MARK_BYTES = 64
 
 INLINE_BYTES = 16 << 10
 """Answers up to so many bytes in all travel in the message itself."""
+
+
+SENTINEL_DEVICES = ("cpu", "same")
+"""Where a sentinel's original may run: on the processor, or where the model does."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
@@ -81,8 +85,12 @@ class ModelOptions(msgspec.Struct, frozen=True):
         p99_ms: take the setting that was tuned for this limit.
         policy: fields of :class:`onecard.runtime.limits.BatchPolicy` to replace.
         timeout_s: deadline of requests that name none.
-        ingest: inputs that may also come as bytes, as ``onecard tune --ingest`` writes them.
+        ingest: inputs that may also come in another form, in the words of :mod:`onecard.runtime.ingest_text`, those
+            of ``MODEL:`` for that model alone; empty for those that ``onecard tune --ingest`` wrote into the bundle.
         device_memory: most bytes of the device's memory for this model.
+        sentinel: one request in so many is answered again by the original, see :mod:`onecard.runtime.sentinel`; 0 is
+            none.
+        sentinel_device: where the original runs, one of :data:`SENTINEL_DEVICES`; empty for ``cpu``.
     """
 
     device: str = "auto"
@@ -91,6 +99,8 @@ class ModelOptions(msgspec.Struct, frozen=True):
     timeout_s: float | None = None
     ingest: tuple[str, ...] = ()
     device_memory: int | None = None
+    sentinel: int = 0
+    sentinel_device: str = ""
 
 
 class ModelState(msgspec.Struct, frozen=True):
@@ -104,6 +114,7 @@ class ModelState(msgspec.Struct, frozen=True):
         path: of the bundle that serves; empty if none does.
         spec: of its inputs and outputs; None if none serves.
         device: where it runs.
+        ingest: the further forms of its inputs that it takes, named as they are.
     """
 
     name: str
@@ -113,6 +124,7 @@ class ModelState(msgspec.Struct, frozen=True):
     path: str = ""
     spec: Spec | None = None
     device: str = ""
+    ingest: tuple[TensorSpec, ...] = ()
 
 
 # From a front to the engine
@@ -148,6 +160,7 @@ class Infer(Message, frozen=True):
         client: whose request it is, for fairness.
         alone: it may have killed an engine: run it when nothing else runs.
         targets: outputs that are to be written to a client's memory on the device.
+        traced: whether the answer is to tell when the model's stages were.
     """
 
     id: int
@@ -159,6 +172,7 @@ class Infer(Message, frozen=True):
     client: str = ""
     alone: bool = False
     targets: tuple[Target, ...] = ()
+    traced: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -264,6 +278,26 @@ class Models(Message, frozen=True):
     models: tuple[ModelState, ...]
 
 
+class Stages(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """When a traced request was run: moments in seconds of ``time.monotonic``, and durations in seconds.
+
+    Args:
+        began: its first row was in a batch.
+        launched: its last batch began.
+        ended: that batch's answers were on the host.
+        copy_in_s: collecting that batch's rows, and bringing them to the device.
+        compute_s: the model.
+        copy_out_s: bringing the answers to the host.
+    """
+
+    began: float
+    launched: float
+    ended: float
+    copy_in_s: float
+    compute_s: float
+    copy_out_s: float
+
+
 class Answered(Message, frozen=True):
     """A request's answer.
 
@@ -274,6 +308,7 @@ class Answered(Message, frozen=True):
         total_s: from when the engine had it to its answer.
         rows: of the batch that it was answered with.
         version: of the model that answered.
+        stages: when it was run, if it is traced.
     """
 
     id: int
@@ -282,6 +317,7 @@ class Answered(Message, frozen=True):
     total_s: float
     rows: int
     version: str = ""
+    stages: Stages | None = None
 
 
 class Refused(Message, frozen=True):
@@ -326,12 +362,14 @@ class Told(Message, frozen=True):
         statistics: of the protocol's statistics extension: its JSON for all models.
         memory: of each model: ``onecard.runtime.usage.MemoryUse`` as a dict.
         queued: requests that wait, of all models.
+        figures: of each model, for metrics: see :mod:`onecard.server.engine_figures`.
     """
 
     call: int
     statistics: bytes
     memory: dict[str, dict[str, float]]
     queued: int
+    figures: bytes = b""
 
 
 class Pong(Message, frozen=True):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onecard.runtime.future import RequestTiming
+from onecard.runtime.future import BatchTiming, RequestTiming
 from onecard.runtime.request import Request
 from onecard.runtime.slots import as_array
 from onecard.runtime.work import Batch, Slice
@@ -38,7 +38,7 @@ class Delivery:
             for t in spec.outputs
         }
 
-    def deliver(self, batch: Batch, outputs: Mapping[str, Tensor], owned: bool) -> None:
+    def deliver(self, batch: Batch, outputs: Mapping[str, Tensor], owned: bool, timing: BatchTiming) -> None:
         """Give every caller its rows, without padding; a request whose last row came is answered.
 
         The cutting is NumPy's: each of PyTorch's operators lets go of the interpreter and has to wait for it again,
@@ -48,6 +48,7 @@ class Delivery:
             batch: what was run.
             outputs: the answers of the whole batch, on the host.
             owned: whether the callers may keep this memory. If not, their parts are copied.
+            timing: when it was run, which whoever gets an answer is told.
         """
         arrays = {name: as_array(outputs[name]) for name in self._names}
         shares_bytes = 0 if len(batch.slices) == 1 else _WORTH_SHARING_BYTES
@@ -59,7 +60,7 @@ class Delivery:
                     cut = array[self._index(name, row, piece)]
                     keeps = owned and cut.nbytes >= shares_bytes and cut.flags.c_contiguous
                     part[name] = cut if keeps else cut.copy()
-                self._add(piece, part, batch)
+                self._add(piece, part, batch, timing)
             row += piece.rows
 
     def _index(self, name: str, row: int, piece: Slice) -> Any:
@@ -74,7 +75,7 @@ class Delivery:
             index[axis] = slice(piece.work.lengths[which])
         return tuple(index)
 
-    def _add(self, piece: Slice, part: dict[str, np.ndarray[Any, Any]], batch: Batch) -> None:
+    def _add(self, piece: Slice, part: dict[str, np.ndarray[Any, Any]], batch: Batch, timing: BatchTiming) -> None:
         work = piece.work
         request: Request = work.request
         request.parts[piece.start] = part
@@ -82,6 +83,6 @@ class Delivery:
         if request.back < work.rows:
             return
         whole = request.whole(self._dtypes)
-        timing = RequestTiming(request.queue_s, time.monotonic() - work.arrived, batch.rows, len(request.parts))
+        total_s = time.monotonic() - work.arrived
         work.gone = True
-        request.receiver.solve(whole, timing)
+        request.receiver.solve(whole, RequestTiming(request.queue_s, total_s, batch.rows, len(request.parts), timing))

@@ -180,8 +180,8 @@ class Dispatch:
                         self._batcher.put(work, work.arrived)
                     except OnecardError as error:
                         refused.append((work, error))
-        for work, error in refused:
-            fail(work, error)
+        for work, refusal in refused:
+            fail(work, refusal)
         return batch
 
     def _at_once(self, works: Sequence[Work], lane: _LaneState, most_s: float) -> Batch | None:

@@ -26,7 +26,7 @@ from onecard.errors import EngineClosedError, UsageError
 from onecard.runtime.cost import Costs
 from onecard.runtime.dispatch import Dispatch, fail
 from onecard.runtime.future import Answer, Receiver
-from onecard.runtime.ingest import Ingest
+from onecard.runtime.ingest import Ingest, check_ingests
 from onecard.runtime.lane import Lane, OnBatch
 from onecard.runtime.limits import BatchPolicy
 from onecard.runtime.loops import deliver_to_loop
@@ -37,7 +37,7 @@ from onecard.runtime.staging import Stage
 from onecard.runtime.usage import MemoryUse, memory_use
 from onecard.runtime.warm import warm_up
 from onecard.runtime.work import Work
-from onecard.spec import Spec
+from onecard.spec import Bucket, Spec
 
 _DRAIN_S = 30.0
 _SWITCH_S = 0.0005
@@ -178,12 +178,14 @@ class Engine:
             BundleError: the bundle is damaged.
             NoVariantError: no variant of it runs here and answers rightly.
             DeviceMemoryError: not even the smallest size fits.
-            UsageError: a device memory that the device does not have.
+            UsageError: a device memory that the device does not have, or an ingest that the model has no input for.
         """
         if options is None:
             from onecard.runtime.tune import tuned_options
 
             options = tuned_options(path, device=device)
+        if options.ingest:
+            check_ingests(read_manifest(Path(path).absolute()).spec, options.ingest)  # before anything is loaded
         share = None
         if options.device_memory is not None:
             place = device_for(read_manifest(Path(path).absolute()), device)
@@ -317,6 +319,17 @@ class Engine:
         except asyncio.CancelledError:
             answer.cancel()
             raise
+
+    @property
+    def variants(self) -> list[tuple[Bucket, str]]:
+        """The sizes that the model was warmed at, the largest first, and the recipe that runs each."""
+        model = self._lanes[0].served
+        return [(size, model.variant(size)) for size in model.sizes()]
+
+    @property
+    def ruled_out(self) -> dict[str, str]:
+        """Better variants of the bundle that do not run here, with the reason."""
+        return self._lanes[0].served.ruled_out
 
     @property
     def queued(self) -> tuple[int, int, int]:

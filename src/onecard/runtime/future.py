@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from onecard.runtime.staging import StageTimings
+
+
+class BatchTiming(NamedTuple):
+    """When a batch was run, in seconds of ``time.monotonic``.
+
+    Args:
+        launched: its rows began to be collected.
+        ended: its answers were on the host.
+        stages: where the time between went.
+    """
+
+    launched: float
+    ended: float
+    stages: StageTimings
 
 
 class RequestTiming(NamedTuple):
@@ -15,12 +32,14 @@ class RequestTiming(NamedTuple):
         total_s: from its arrival to its answer.
         batch_rows: rows of the batch that it was answered with.
         batches: how many it took part in.
+        batch: when that batch was run; None where nobody took the time.
     """
 
     queue_s: float
     total_s: float
     batch_rows: int
     batches: int
+    batch: BatchTiming | None = None
 
 
 class Receiver(Protocol):

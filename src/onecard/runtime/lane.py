@@ -19,6 +19,7 @@ from onecard.runtime.deliver import Delivery
 from onecard.runtime.dispatch import Dispatch, fail
 from onecard.runtime.entries import Source
 from onecard.runtime.faults import explained, is_device_lost, is_out_of_memory, too_large
+from onecard.runtime.future import BatchTiming
 from onecard.runtime.request import Request
 from onecard.runtime.served import Served
 from onecard.runtime.staging import Flight, Stage, StageTimings
@@ -141,11 +142,11 @@ class Lane:
             flight.release()
             self._failed(batch, error, began, queue_s)
             return
-        timings = flight.timings
+        ended, timings = time.monotonic(), flight.timings
         lead_s = timings.gather_s + timings.copy_in_s
         self._dispatch.ran(self._number, batch.size, timings.compute_s, lead_s)
         try:
-            self._delivery.deliver(batch, flight.outputs, flight.owned)
+            self._delivery.deliver(batch, flight.outputs, flight.owned, BatchTiming(began, ended, timings))
         except Exception as error:  # answers that are not what the spec says
             for piece in batch.slices:
                 fail(piece.work, explained(error))

@@ -34,6 +34,7 @@ class NullModel:
         delay_s: float | Callable[[Bucket], float] = 0.0,
     ) -> None:
         self.spec = spec
+        self.ruled_out: dict[str, str] = {}
         self._batches = tuple(sorted(batches))
         self._compute = compute
         self._delay = delay_s

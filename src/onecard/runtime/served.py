@@ -24,10 +24,12 @@ class Served(Protocol):
     Attributes:
         spec: inputs, outputs and symbols.
         device: ``cpu`` or ``cuda:N``.
+        ruled_out: better variants that do not run here, with the reason.
     """
 
     spec: Spec
     device: str
+    ruled_out: dict[str, str]
 
     def run(self, inputs: dict[str, Tensor], size: Bucket) -> dict[str, Tensor]:
         """Answer a batch.
@@ -89,6 +91,7 @@ class BundleModel:
         self.bundle = bundle
         self.spec = bundle.spec
         self.device = bundle.device
+        self.ruled_out = dict(bundle.skipped)
         self._batch = self.spec.batch_symbol
         self._others = tuple(name for name in self.spec.symbols if name != self._batch)
         self._buckets = [dict(bucket) for bucket in bundle.manifest.buckets] or [{}]

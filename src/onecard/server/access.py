@@ -45,6 +45,18 @@ class Access:
         self._infer = None if infer_token is None else _digest(infer_token)
         self._control = None if control_token is None else _digest(control_token)
 
+    @property
+    def digests(self) -> tuple[bytes | None, bytes | None]:
+        """Of the tokens, for :meth:`of_digests` in another process of the server."""
+        return self._infer, self._control
+
+    @classmethod
+    def of_digests(cls, digests: tuple[bytes | None, bytes | None]) -> Access:
+        """The same rights, from :attr:`digests`."""
+        access = cls(None, None)
+        access._infer, access._control = digests
+        return access
+
     def check(self, kind: Kind, headers: Mapping[bytes, bytes], peer: str, trusted: bool) -> None:
         """Let a request pass, or refuse it.
 

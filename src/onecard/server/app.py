@@ -33,8 +33,10 @@ from onecard.server.oip_response import encode_infer
 from onecard.server.oip_seen import DEFAULT_PRIORITY, SeenHead
 from onecard.server.oip_shared_memory import Place, find_place, shared_memory_routes
 from onecard.server.oip_types import InferResponse
+from onecard.server.request_figures import reason_of
 from onecard.server.serving import Serving
 from onecard.server.shared_regions import SharedRegions
+from onecard.server.watching import WatchingPages
 
 EXTENSIONS = (*CODEC_EXTENSIONS, "model_configuration", "model_repository", "statistics")
 _JSON = ((b"Content-Type", b"application/json"),)
@@ -52,10 +54,14 @@ class App:
         serving: the models.
         access: who may do what.
         regions: shared memory that clients may register.
+        pages: for whoever watches the server, if there are any.
     """
 
-    def __init__(self, serving: Serving, access: Access, regions: SharedRegions) -> None:
+    def __init__(
+        self, serving: Serving, access: Access, regions: SharedRegions, pages: WatchingPages | None = None
+    ) -> None:
         self.serving = serving
+        self._pages = pages
         self._access = access
         self._regions = regions
         self._shared_memory = shared_memory_routes(regions)
@@ -87,8 +93,8 @@ class App:
             OnecardError: what the request asked for could not be done; it has an HTTP status.
         """
         parts = request.path.strip("/").split("/")
-        if parts[0] != "v2":
-            raise HttpError(404, f"there is nothing at {request.path[:200]}: the protocol begins with /v2.")
+        if parts[0] != "v2" or parts[1:2] == ["onecard"]:
+            return self._watch(request)
         method = "GET" if request.method == "HEAD" else request.method
         if len(parts) > 2 and parts[1] == "models" and parts[2:] != ["stats"]:  # noqa: PLR2004 - v2/models/NAME
             name, version, action = _model_path(parts[2:])
@@ -104,6 +110,17 @@ class App:
             return self._server[method, rest](request)
         _refuse_method(self._server, rest, request)
         raise HttpError(404, f"there is nothing at {request.path[:200]}.")
+
+    def _watch(self, request: Request) -> Response | Awaitable[Response]:
+        """Answer what is not of the protocol: the pages for whoever watches the server."""
+        if self._pages is not None:
+            found = self._pages.open_page(request)
+            if found is not None:
+                return found
+            page = self._pages.page(request, lambda: self._check("infer", request))
+            if page is not None:
+                return page
+        raise HttpError(404, f"there is nothing at {request.path[:200]}: the protocol begins with /v2.")
 
     def _to(
         self,
@@ -155,7 +172,7 @@ class App:
 
     def _model_metadata(self, request: Request, name: str, version: str) -> Response:
         model, contract = self.serving.find(name, version)
-        return _json(model_metadata(name, [model.version], contract.spec))
+        return _json(model_metadata(name, [model.version], contract.spec, contract.also))
 
     def _model_ready(self, request: Request, name: str, version: str) -> Response:
         self.serving.find(name, version)
@@ -164,7 +181,7 @@ class App:
 
     def _model_config(self, request: Request, name: str, version: str) -> Response:
         _, contract = self.serving.find(name, version)
-        return _json(model_config(name, contract.spec, priorities=DEFAULT_PRIORITY + 1))
+        return _json(model_config(name, contract.spec, DEFAULT_PRIORITY + 1, contract.also))
 
     async def _model_statistics(self, request: Request, name: str, version: str) -> Response:
         self.serving.find(name, version)
@@ -181,6 +198,13 @@ class App:
         return _json(b"{}")
 
     def _infer(self, request: Request, name: str, version: str) -> EngineRequest:
+        try:
+            return self._ask(request, name, version)
+        except Exception as error:
+            self.serving.refuse(name, error)
+            raise
+
+    def _ask(self, request: Request, name: str, version: str) -> EngineRequest:
         _, contract = self.serving.find(name, version)
         json_length = _json_length(request)
         seen = self.serving.seen(name, contract)
@@ -209,7 +233,13 @@ def body_memory(client: EngineClient) -> BodyAllocator:
     def allocate(request: Request, length: int) -> memoryview:
         value = request.headers.get(_LENGTH, b"")
         json_length = int(value) if value.isdigit() and len(value) <= _LENGTH_DIGITS else 0
-        return client.allocate(length, binary_lead(json_length, _ALIGNMENT_BYTES))
+        try:
+            return client.allocate(length, binary_lead(json_length, _ALIGNMENT_BYTES))
+        except HttpError as error:
+            name = _model_of(request)
+            if name in client.models:
+                client.figures(name).failures[reason_of(error)] += 1
+            raise
 
     return allocate
 
@@ -221,7 +251,7 @@ def access_logger(log: AccessLog) -> Callable[[Request, Response, int], None]:
     def write(request: Request, response: Response, length: int) -> None:
         if not log.is_due(response.status):
             return
-        parts = request.path.split("/", 4)
+        trace = request.trace
         log.write(
             Entry(
                 request.method,
@@ -231,12 +261,19 @@ def access_logger(log: AccessLog) -> Callable[[Request, Response, int], None]:
                 length,
                 (time.monotonic() - request.began) * 1e3,
                 request.client,
-                unquote(parts[3]) if parts[1:3] == ["v2", "models"] and len(parts) > 3 else "",  # noqa: PLR2004
-                request_ids(request.headers),
+                _model_of(request),
+                request_ids(request.headers) if trace is None else trace.request_id,
+                "" if trace is None else trace.trace_id,
             )
         )
 
     return write
+
+
+def _model_of(request: Request) -> str:
+    """The name in a path, or nothing."""
+    parts = request.path.split("/", 4)
+    return unquote(parts[3]) if parts[1:3] == ["v2", "models"] and len(parts) > 3 else ""  # noqa: PLR2004 - /v2/models/NAME
 
 
 def _encoded_seen(head: SeenHead, answer: EngineAnswer, contract: InferContract, name: str) -> Response:

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import typer
 
 from onecard.errors import UsageError
+from onecard.server.raw_forms import check_forms
 from onecard.units import parse_duration, parse_size
 
 if sys.version_info >= (3, 11):
@@ -59,7 +60,7 @@ class ModelConfig:
 
     name: str
     path: Path
-    options: Mapping[str, str | int] = field(default_factory=dict)
+    options: Mapping[str, str | int | list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,20 @@ def _count(path: Path, place: str, value: Any) -> None:
         raise _wrong(path, place, value, "a whole number from 1 on")
 
 
+def _count_or_none(path: Path, place: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise _wrong(path, place, value, "a whole number from 0 on")
+
+
+def _raw_forms(path: Path, place: str, value: Any) -> None:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise _wrong(path, place, value, 'a list of texts in quotes, such as ["image=uint8 NHWC"]')
+    try:
+        check_forms(value, ())
+    except UsageError as error:
+        raise UsageError(f"{path}: {place}: {error.message}", error.cure) from error
+
+
 def _quantity(parse: Callable[[str], float]) -> _Check:
     def check(path: Path, place: str, value: Any) -> None:
         _text(path, place, value)
@@ -289,6 +304,9 @@ MODEL_OPTIONS: Mapping[str, _Check] = {
     "queue_bytes": _quantity(parse_size),
     "queue_wait": _quantity(parse_duration),
     "device_memory": _quantity(parse_size),
+    "ingest": _raw_forms,
+    "sentinel": _count_or_none,
+    "sentinel_device": _text,
 }
 """What a model can have for itself, and what checks it."""
 

@@ -27,9 +27,11 @@ class DeviceRegion:
 
 
 class DeviceEngine(Protocol):
-    """Who opens the memory. Both methods raise an OnecardError where that fails."""
+    """Who opens the memory, at once or when there is an engine. Its coroutines raise an OnecardError if that fails."""
 
     async def open_region(self, region: DeviceRegion) -> None: ...
+
+    def expect_region(self, region: DeviceRegion) -> None: ...
 
     async def close_region(self, name: str) -> None: ...
 
@@ -74,6 +76,12 @@ class DeviceRegions:
         finally:
             self._changing.discard(region.name)
         self._regions[region.name] = region
+
+    def adopt(self, region: DeviceRegion) -> None:
+        """Take over a region that is registered in another process of the server: the next engine is to open it."""
+        if self._engine is not None:
+            self._engine.expect_region(region)
+            self._regions[region.name] = region
 
     async def unregister(self, name: str) -> None:
         """Forget a region; one that is not registered is none to forget. Requests under way may still use it."""

@@ -34,13 +34,14 @@ class EngineAnswer:
         queue_s: how long the request waited.
         total_s: from when the engine had it to its answer.
         rows: of the batch that it was answered with.
+        stages: when it was run, if it is traced.
 
     Raises:
         ValueError: an array that does not lie in the segment, or does not fit its bytes.
         KeyError: a dtype that is not known.
     """
 
-    __slots__ = ("_leases", "outputs", "queue_s", "rows", "total_s", "version")
+    __slots__ = ("_leases", "outputs", "queue_s", "rows", "stages", "total_s", "version")
 
     def __init__(self, answered: Answered, segment: Segment, give_back: Callable[[int], None]) -> None:
         self._leases: list[Lease] = []
@@ -54,6 +55,7 @@ class EngineAnswer:
         self.queue_s = answered.queue_s
         self.total_s = answered.total_s
         self.rows = answered.rows
+        self.stages = answered.stages
 
     def release(self) -> None:
         """Say that the outputs are not read any more, though something may still refer to them."""

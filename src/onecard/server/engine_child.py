@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
 from collections.abc import Sequence
 
-from onecard.errors import EngineError
+from onecard.errors import EngineError, StorageError
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class EngineChild:
@@ -16,6 +19,8 @@ class EngineChild:
 
     Args:
         command: the program and its arguments. What it prints goes to our stderr.
+        name: what to call it in errors.
+        descriptors: of ours that it gets under the same numbers.
 
     Attributes:
         ended: done when the process ended and was reaped; the result says how in words.
@@ -24,14 +29,18 @@ class EngineChild:
         EngineError: it cannot be started.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(
+        self, command: Sequence[str], name: str = "the engine's process", descriptors: Sequence[int] = ()
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[str] = self._loop.create_future()
         self._doom = ""
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True, pass_fds=descriptors
+            )
         except OSError as error:
-            raise EngineError(f"the engine's process cannot be started: {error}.") from error
+            raise EngineError(f"{name} cannot be started: {error}.") from error
         self.pid = self._process.pid
         try:
             # Not asyncio's own watching of children, which needs the main thread or a thread for each.
@@ -39,7 +48,7 @@ class EngineChild:
         except OSError as error:
             self._process.kill()
             self._process.wait()
-            raise EngineError(f"the engine's process cannot be watched: {error}.") from error
+            raise EngineError(f"{name} cannot be watched: {error}.") from error
         self._loop.add_reader(self._watch, self._on_end)
 
     def kill(self, why: str) -> None:
@@ -66,6 +75,16 @@ class EngineChild:
             how = f"killed, {self._doom}"
         if not self.ended.done():
             self.ended.set_result(how)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends (Linux).
+
+    Raises:
+        StorageError: the kernel refused.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise StorageError(f"the kernel does not tie this process to its parent: {os.strerror(ctypes.get_errno())}.")
 
 
 def describe_exit(code: int) -> str:

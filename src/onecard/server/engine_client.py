@@ -41,6 +41,7 @@ from onecard.server.engine_served import ServedModel, ServedModels, Wanted
 from onecard.server.http_types import LOGGER
 from onecard.server.oip_seen import SeenHead
 from onecard.server.oip_types import Array
+from onecard.server.request_figures import RequestBook, RequestFigures
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class EngineClient:
         on_lost: called with the reason when the connection ends by itself. Whoever made it is to call
             :meth:`disconnect`, once the old engine is surely dead, and then :meth:`connect`.
         answered: requests that engines have answered or refused.
+        book: what became of all requests.
         pong: the answer to the last :meth:`ping` that was answered.
 
     Raises:
@@ -82,6 +84,7 @@ class EngineClient:
     def __init__(self, options: ClientOptions, on_models: Callable[[], None] | None = None) -> None:
         self.on_lost: Callable[[str], None] | None = None
         self.answered = 0
+        self.book = RequestBook()
         self.pong: Pong | None = None
         self._options = options
         self._on_models = on_models
@@ -129,6 +132,11 @@ class EngineClient:
     def is_loading(self) -> bool:
         """Whether a load that was asked for is not over yet."""
         return self._served.is_loading
+
+    def figures(self, model: str) -> RequestFigures:
+        """Where requests of a model, one of :attr:`models`, are counted, those that are refused here included."""
+        served = self._served.table.get(model)
+        return self.book.of(model, "" if served is None else served.version)
 
     @property
     def waiting(self) -> int:
@@ -292,6 +300,10 @@ class EngineClient:
             lambda ok: self._regions.update({region.name: region}) if ok else None,
         )
 
+    def expect_region(self, region: DeviceRegion) -> None:
+        """Have the next engine, and all that come after it, open memory of the device that another process shares."""
+        self._regions[region.name] = region
+
     async def close_region(self, name: str) -> None:
         """Have the engine forget a region.
 
@@ -351,8 +363,11 @@ class EngineClient:
     def _ask(self, placed: Placed, how: tuple[str, int, str, float | None], hold: bool) -> EngineRequest:
         request = EngineRequest(self._loop, placed, self._in_flight.cancel)
         request.model, request.priority, request.client, timeout_s = how
-        request.deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        request.began = now = time.monotonic()
+        request.deadline = None if timeout_s is None else now + timeout_s
         self._in_flight.add(request, hold)
+        request.figures = figures = self.figures(request.model)
+        figures.began()
         return request
 
     def _hold(self, model: str) -> bool:

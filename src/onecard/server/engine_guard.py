@@ -19,6 +19,7 @@ from onecard.ipc import packets
 from onecard.ipc.messages import ModelOptions
 from onecard.server.engine_child import EngineChild
 from onecard.server.engine_client import EngineClient
+from onecard.server.engine_others import OtherFronts
 from onecard.server.engine_served import Wanted
 from onecard.server.http_types import LOGGER
 
@@ -103,6 +104,7 @@ class EngineGuard:
     Attributes:
         restarts: how many engines were started after the first.
         last_recovery_s: how long it took from the last death to the first model that served again.
+        others: further fronts; None for none.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class EngineGuard:
     ) -> None:
         self.restarts = 0
         self.last_recovery_s: float | None = None
+        self.others: OtherFronts | None = None
         self._command = command
         self._client = client
         self._desired = desired
@@ -185,10 +188,15 @@ class EngineGuard:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def suspect(self, socket: Path, reason: str) -> None:
+        """Another front lost its connection to the engine that listened there: end it, if it is still that one."""
+        if self._life is not None and self._life.socket == socket:
+            self._on_lost(reason)
+
     def _spawn(self, folder: Path) -> _Life:
         path = folder / f"{self.restarts}.sock"  # another one each time: nothing old can listen there
         child = EngineChild([*self._command, "--socket", str(path), "--die-with-parent"])
-        self._life = life = _Life(child, path, time.monotonic(), self._client.answered)
+        self._life = life = _Life(child, path, time.monotonic(), self._answered())
         self._watching = asyncio.create_task(self._watch(child))
         if self._observe is not None:
             self._observe.started(child.pid)
@@ -198,13 +206,20 @@ class EngineGuard:
         until = time.monotonic() + self._options.hang_loading_s
         while True:
             try:
-                return await self._client.connect(life.socket)
+                await self._client.connect(life.socket)
+                break
             except (FileNotFoundError, ConnectionError):
                 if life.child.ended.done():
                     raise EngineError(f"its process ended before it listened: {life.child.ended.result()}.") from None
                 if time.monotonic() > until:
                     raise EngineError("its process does not listen.") from None
             await asyncio.sleep(_LOOK_S)
+        if self.others is not None:
+            self.others.engine_listens(life.socket)
+
+    def _answered(self) -> int:
+        """Requests that engines have answered, to any front."""
+        return self._client.answered + (0 if self.others is None else self.others.answered)
 
     async def _end_of(self, life: _Life, why: str) -> str:
         """See to it that an engine ends that is of no use; how it ended."""
@@ -230,13 +245,15 @@ class EngineGuard:
 
     def _bury(self, life: _Life, how: str) -> None:
         self._stop_watching()
-        if self._client.answered > life.answered or time.monotonic() - life.began >= self._options.settled_s:
+        if self._answered() > life.answered or time.monotonic() - life.began >= self._options.settled_s:
             self._fruitless = 0
         elif self.restarts:
             self._fruitless += 1
         self.restarts += 1
         LOGGER.error("the engine's process %d ended: %s; the next one is started", life.child.pid, how)
         self._client.disconnect()  # now that it writes no marks any more
+        if self.others is not None:
+            self.others.engine_died()
         with contextlib.suppress(OSError):
             life.socket.unlink()
         if self._observe is not None:
@@ -272,7 +289,7 @@ class EngineGuard:
                 waiting = False
                 self._recovered(time.monotonic() - noticed)
         for name in self._client.recovering - set(self._client.wanted):
-            self._client.give_up(name, EngineError(f"model '{name}' was not loaded by this server."))
+            self._give_up(name, EngineError(f"model '{name}' was not loaded by this server."))
 
     async def _open_again(self, name: str, wanted: Wanted) -> bool:
         """Open one model.
@@ -297,13 +314,20 @@ class EngineGuard:
                 self._load_deaths[name] = (wanted, deaths + 1)
                 raise
             LOGGER.error("model '%s' cannot be opened again: %s", name, error)
-            self._client.give_up(name, error)
+            self._give_up(name, error)
             return False
         self._load_deaths.pop(name, None)
         return True
 
+    def _give_up(self, name: str, error: OnecardError) -> None:
+        self._client.give_up(name, error)
+        if self.others is not None:
+            self.others.gave_up(name, error)
+
     def _recovered(self, seconds: float) -> None:
         self.last_recovery_s = self._client.restart_s = seconds
+        if self.others is not None:
+            self.others.engine_recovered(seconds)
         LOGGER.warning("the engine serves again after %.2f s", seconds)
         if self._observe is not None:
             self._observe.recovered(seconds)

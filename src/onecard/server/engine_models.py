@@ -8,6 +8,7 @@ import gc
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -20,10 +21,15 @@ from onecard.errors import EngineClosedError, EngineError, UsageError
 from onecard.ipc.messages import Done, Load, ModelOptions, Models, ModelState, Told, Unload, encode
 from onecard.runtime.engine import Engine
 from onecard.runtime.faults import is_device_lost
+from onecard.runtime.ingest import raw_inputs
+from onecard.runtime.ingest_text import make_ingests
 from onecard.runtime.lane import OnBatch
+from onecard.runtime.sentinel import Sentinel
 from onecard.runtime.stats import BatchStats
 from onecard.server.counters import Counters
+from onecard.server.engine_figures import encode_figures
 from onecard.server.engine_refusals import failed, in_a_line
+from onecard.server.engine_sentinel import open_sentinel
 from onecard.server.oip_metadata import model_statistics
 
 OpenModel: TypeAlias = Callable[[str, Path, ModelOptions, OnBatch], Engine]
@@ -56,21 +62,30 @@ class Serving:
         version: of it.
         engine: of its bundle.
         counters: of this version.
+        load_s: how long opening it took.
+        p99_s: the latency that it is to keep, if one was named.
 
     Attributes:
         as_tensors: whether its requests go in as tensors, so that bfloat16 comes out as it is and not widened.
         closing: whether its engine is being closed on purpose.
+        sentinel: what checks some of its answers, if it has one; closed before the engine is.
     """
 
-    __slots__ = ("as_tensors", "closing", "counters", "engine", "name", "version")
+    __slots__ = ("as_tensors", "closing", "counters", "engine", "load_s", "name", "p99_s", "sentinel",
+                 "version")  # fmt: skip
 
-    def __init__(self, name: str, version: str, engine: Engine, counters: Counters) -> None:
+    def __init__(
+        self, name: str, version: str, engine: Engine, counters: Counters, load_s: float, p99_s: float | None
+    ) -> None:
         self.name = name
         self.version = version
         self.engine = engine
         self.counters = counters
+        self.load_s = load_s
+        self.p99_s = p99_s
         self.as_tensors = any(t.dtype == "bfloat16" for t in (*engine.spec.inputs, *engine.spec.outputs))
         self.closing = False
+        self.sentinel: Sentinel | None = None
 
     @property
     def lost(self) -> bool:
@@ -175,7 +190,8 @@ class EngineModels:
         models = list(self._serving.values())
         statistics = model_statistics([m.counters.read(m.name, m.version) for m in models])
         memory = {m.name: {key: float(n) for key, n in m.engine.memory._asdict().items()} for m in models}
-        return Told(call, statistics, memory, sum(m.engine.queued[0] for m in (*models, *self._closing)))
+        queued = sum(m.engine.queued[0] for m in (*models, *self._closing))
+        return Told(call, statistics, memory, queued, encode_figures(models))
 
     @property
     def loading(self) -> bool:
@@ -186,6 +202,10 @@ class EngineModels:
     def running_s(self) -> float:
         """For how long the oldest batch of all models has been under way."""
         return max((m.engine.running_s for m in (*list(self._serving.values()), *self._closing)), default=0.0)
+
+    def _is_idle(self) -> bool:
+        """Whether no model has anything to do."""
+        return not any(m.engine.queued[0] for m in list(self._serving.values())) and not self.running_s
 
     def close(self, drain_s: float) -> None:
         """Release all models; what waits is answered for so long at most."""
@@ -228,7 +248,7 @@ class EngineModels:
             self._change(asked.name, state="LOADING", reason="")
         else:
             self._change(asked.name, reason="another version is being opened")
-        counters = Counters()
+        counters, began = Counters(), time.monotonic()
         try:
             engine = self._open(asked.name, Path(asked.path), asked.options, lambda stats: self._ran(counters, stats))
         except Exception as error:
@@ -237,14 +257,18 @@ class EngineModels:
             _LOGGER.warning("model '%s' could not be opened from %s: %s", asked.name, asked.path, error)
             return self._failed(asked, error, old)
         version = asked.version or _next_version(self._states[asked.name].version)
-        serving = Serving(asked.name, version, engine, counters)
+        p99_ms = asked.options.p99_ms
+        p99_s = None if p99_ms is None else p99_ms / 1e3
+        serving = Serving(asked.name, version, engine, counters, time.monotonic() - began, p99_s)
+        serving.sentinel = open_sentinel(asked, engine, self._is_idle)
         with self._engines_lock:
             for memory in self._memories:
                 _register(serving, memory)
             self._serving[asked.name] = serving
             if old is not None:
                 self._closing.append(old)
-        known = {"path": asked.path, "spec": engine.spec, "device": engine.device}
+        ingest = raw_inputs(engine.spec, engine.options.ingest)
+        known = {"path": asked.path, "spec": engine.spec, "device": engine.device, "ingest": ingest}
         self._change(asked.name, version=version, state="READY", reason="", **known)
         return old, serving
 
@@ -268,12 +292,14 @@ class EngineModels:
         if serving is not None:
             self._change(asked.name, state="UNLOADING", reason="")
             self._release(serving, asked.drain_s)
-        self._change(asked.name, state="UNAVAILABLE", reason="unloaded", path="", spec=None, device="")
+        self._change(asked.name, state="UNAVAILABLE", reason="unloaded", path="", spec=None, device="", ingest=())
         done(Done(asked.call))
 
     def _release(self, serving: Serving, drain_s: float) -> None:
         """Answer what an engine has, close it, and give its memory back."""
         serving.closing = True
+        if serving.sentinel is not None:
+            serving.sentinel.close()
         serving.engine.close(drain_s)
         with self._engines_lock:
             if serving in self._closing:
@@ -313,22 +339,19 @@ def open_bundle(name: str, path: Path, options: ModelOptions, on_batch: OnBatch)
         on_batch: told of every batch.
 
     Raises:
-        UsageError: an option that does not fit.
+        UsageError: an option that does not fit, or a form that an input cannot be made from.
         OnecardError: whatever :meth:`onecard.runtime.engine.Engine.open` raises.
     """
     from onecard.runtime.tune import tuned_options
 
-    if options.ingest:
-        raise UsageError(
-            f"model '{name}' is to take other forms of its inputs ({', '.join(options.ingest)}), "
-            "which a server cannot do yet.",
-            "Leave them out, and send the tensors that the model takes.",
-        )
+    ingest = make_ingests(options.ingest, name)
     tuned = tuned_options(path, options.p99_ms, options.device)
     known = [field.name for field in dataclasses.fields(tuned.policy)]
     if unknown := sorted(set(options.policy) - set(known)):
         raise UsageError(f"a policy has no {', '.join(unknown)}: expected {', '.join(known)}.")
     changes: dict[str, Any] = {"policy": dataclasses.replace(tuned.policy, **options.policy)}
+    if ingest:
+        changes["ingest"] = ingest
     if options.timeout_s is not None:
         changes["timeout_s"] = options.timeout_s
     if options.device_memory is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import logging
 import os
 import select
@@ -21,9 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from onecard.errors import OnecardError, StorageError
+from onecard.errors import OnecardError
 from onecard.ipc import packets
 from onecard.server.cuda_regions import OpenMemory
+from onecard.server.engine_child import die_with_parent
 from onecard.server.engine_fronts import Front
 from onecard.server.engine_gate import Gate
 from onecard.server.engine_models import EngineModels, OpenModel, open_bundle
@@ -40,7 +40,6 @@ DRAIN_S = 30.0
 _TICK_S = 0.1
 _DRAIN_TICK_S = 0.005
 _RELEASE_S = 10.0  # for a model that does not come back, and for the last messages
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -183,16 +182,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)  # threads that are within native libraries make an orderly end of the interpreter crash
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends (Linux).
-
-    Raises:
-        StorageError: the kernel refused.
-    """
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise StorageError(f"the kernel does not tie this process to its parent: {os.strerror(ctypes.get_errno())}.")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 
 from onecard.errors import EngineError
 from onecard.ipc.arena import Arena, ArenaFullError
-from onecard.ipc.messages import INLINE_BYTES, Answered, Tensor, encode
+from onecard.ipc.messages import INLINE_BYTES, Answered, Stages, Tensor, encode
 from onecard.ipc.segment import Segment
 from onecard.runtime.slots import Array, as_array
 from onecard.server.engine_outbox import Outbox
@@ -42,6 +42,7 @@ class Solved(NamedTuple):
     rows: int
     version: str
     written: tuple[Tensor, ...] = ()
+    stages: Stages | None = None
 
 
 class Replies:
@@ -150,6 +151,5 @@ def outputs_of(answers: Mapping[str, Array]) -> list[Output]:
 
 
 def _encoded(solved: Solved, tensors: tuple[Tensor, ...]) -> bytes:
-    return encode(
-        Answered(solved.id, (*tensors, *solved.written), solved.queue_s, solved.total_s, solved.rows, solved.version)
-    )
+    id, _, queue_s, total_s, rows, version, written, stages = solved
+    return encode(Answered(id, (*tensors, *written), queue_s, total_s, rows, version, stages))

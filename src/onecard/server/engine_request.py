@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onecard.errors import OnecardError
 from onecard.ipc.messages import Infer
 from onecard.server.engine_answers import EngineAnswer
 from onecard.server.engine_memory import Placed
+from onecard.server.request_figures import RequestFigures, reason_of
+
+if TYPE_CHECKING:
+    from onecard.server.traces import RequestTrace
 
 
 class EngineRequest(asyncio.Future[Any]):
@@ -30,17 +35,21 @@ class EngineRequest(asyncio.Future[Any]):
         alone: whether it may have killed an engine.
         deaths: how many engines died while it was running.
         sent: whether the engine has it.
+        began: when it came, in seconds of ``time.monotonic``.
+        figures: where it is counted.
         finish: makes of the answer what the future gives; None for the answer itself.
+        trace: told of the answer; None if it is not traced.
     """
 
-    __slots__ = ("alone", "client", "deadline", "deaths", "finish", "id", "model", "on_cancel", "order", "placed",
-                 "priority", "sent")  # fmt: skip
+    __slots__ = ("alone", "began", "client", "deadline", "deaths", "figures", "finish", "id", "model", "on_cancel",
+                 "order", "placed", "priority", "sent", "trace")  # fmt: skip
 
     order: int
     model: str
     deadline: float | None
     priority: int
     client: str
+    began: float
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, placed: Placed, on_cancel: Callable[[EngineRequest], None]
@@ -50,6 +59,8 @@ class EngineRequest(asyncio.Future[Any]):
         self.on_cancel = on_cancel
         self.id = -1
         self.finish: Callable[[EngineAnswer], Any] | None = None
+        self.figures: RequestFigures | None = None
+        self.trace: RequestTrace | None = None
         self.alone = self.sent = False
         self.deaths = 0
 
@@ -57,6 +68,8 @@ class EngineRequest(asyncio.Future[Any]):
         """Stop waiting; the engine is told."""
         cancelled = super().cancel(msg)
         if cancelled:
+            if self.figures is not None:
+                self.figures.failed("cancelled")
             self.on_cancel(self)
         return cancelled
 
@@ -68,14 +81,22 @@ class EngineRequest(asyncio.Future[Any]):
 
     def solve(self, answer: EngineAnswer) -> None:
         """The answer is there."""
-        if self.finish is None:
-            self.set_result(answer)
-            return
+        if self.trace is not None:
+            self.trace.answered(answer)
         try:
-            self.set_result(self.finish(answer))
+            self.set_result(answer if self.finish is None else self.finish(answer))
         except Exception as error:
             answer.release()
             self.set_exception(error)
+            return
+        if self.figures is not None:
+            self.figures.answered(time.monotonic() - self.began)
+
+    def set_exception(self, exception: type | BaseException, /) -> None:
+        """It has no answer."""
+        super().set_exception(exception)
+        if self.figures is not None and isinstance(exception, BaseException):
+            self.figures.failed(reason_of(exception, not self.is_late(time.monotonic())))
 
     def fail(self, error: OnecardError) -> None:
         """No engine has it, or will have it; whoever waits for it gets the error."""
@@ -102,6 +123,7 @@ class EngineRequest(asyncio.Future[Any]):
             self.client,
             self.alone,
             self.placed.targets,
+            self.trace is not None,
         )
 
     def describe(self) -> str:

@@ -145,11 +145,12 @@ class ServedModels:
 def _served(state: ModelState, old: ServedModel | None) -> ServedModel:
     contract, told, reason = None, state.state, state.reason
     if state.spec is not None:
-        if old is not None and old.contract is not None and old.contract.spec == state.spec:
-            contract = old.contract  # it knows the shapes that clients send
+        known = old.contract if old is not None else None
+        if known is not None and (known.spec, known.also) == (state.spec, state.ingest):
+            contract = known  # it knows the shapes that clients send
         else:
             try:
-                contract = InferContract(state.spec)
+                contract = InferContract(state.spec, also=state.ingest)
             except SpecError as error:
                 told, reason = "UNAVAILABLE", str(error)
     return ServedModel(state.name, state.version, cast(State, told), reason, state.path, state.device, contract)

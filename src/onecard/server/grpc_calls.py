@@ -16,6 +16,7 @@ from onecard.server.oip_types import ProtocolError
 
 if TYPE_CHECKING:
     from onecard.server.grpc_core import Rpc
+    from onecard.server.traces import Tracing
 
 Handler = Callable[["Rpc"], Awaitable[bytes | None]]
 """Answers an RPC: gives its only message, or None if it has sent its messages itself."""
@@ -30,6 +31,7 @@ class Calls:
     Args:
         face: the server behind it.
         limits: what clients may ask.
+        tracing: begins traces of inference; None for none.
 
     Attributes:
         handlers: by the methods' full names.
@@ -37,9 +39,10 @@ class Calls:
         held_bytes: of all requests that are being answered.
     """
 
-    def __init__(self, face: Inference, limits: GrpcLimits) -> None:
+    def __init__(self, face: Inference, limits: GrpcLimits, tracing: Tracing | None = None) -> None:
         self.face = face
         self.limits = limits
+        self.tracing = tracing
         self.handlers: dict[str, Handler] = {}
         self.draining = asyncio.Event()
         self.held_bytes = 0

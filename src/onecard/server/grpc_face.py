@@ -165,6 +165,10 @@ class Inference(Protocol):
         """
         ...
 
+    def refused(self, model: str, error: Exception) -> None:
+        """A request for a model was not handed on, or :meth:`infer` raised; for the figures."""
+        ...
+
 
 @functools.lru_cache(maxsize=4096)
 def _address(peer: str) -> str:

@@ -6,24 +6,29 @@ Requests of one kind differ in their id and their tensors alone, so what was fou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import time
+from collections.abc import Awaitable, Coroutine, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from onecard.server.grpc_answer import encode_answer
 from onecard.server.grpc_calls import Calls
-from onecard.server.grpc_face import Caller
+from onecard.server.grpc_face import Answers, Caller
 from onecard.server.grpc_infer import Plan, check_id, parse_infer, plan_infer
 from onecard.server.grpc_messages import inference_messages
 from onecard.server.grpc_status import status_of
 from onecard.server.grpc_wire import read_message, split_infer
 from onecard.server.http_types import HttpError
 from onecard.server.oip_contract import InferContract
-from onecard.server.oip_types import ProtocolError
+from onecard.server.oip_types import InferRequest, ProtocolError, RegionAccess
+from onecard.server.traces_grpc import traced_call
 
 if TYPE_CHECKING:
     from onecard.server.grpc_core import Rpc
+    from onecard.server.traces import RequestTrace
 
-_STREAM = "ModelStreamInfer"
+_UNARY, _STREAM = "ModelInfer", "ModelStreamInfer"
+_NOT_TRACED = nullcontext(None)
 _Task = asyncio.Task[bytes]
 _T = TypeVar("_T")
 _MOST_REMEMBERED = 512
@@ -83,7 +88,8 @@ class InferMethods:
 
     async def infer(self, data: bytes, rpc: Rpc, caller: Caller) -> bytes:
         """Answer a ``ModelInferRequest``."""
-        return await self._run(self._read_request(data), rpc, caller.address)
+        with self._traced(_UNARY, caller, rpc.began) as trace:
+            return await self._run(self._read_request(data), rpc, caller.address, trace=trace)
 
     async def stream(self, rpc: Rpc) -> None:
         """Answer requests in their order, several at once; one that fails does not end the stream."""
@@ -93,7 +99,7 @@ class InferMethods:
         running: set[asyncio.Task[Any]] = set()
         writing = _start(_write(answers, rpc), running)
         try:
-            ended = await self._read(rpc, caller.address, answers, running)
+            ended = await self._read(rpc, caller, answers, running)
             await answers.put(None)
             await writing
         finally:
@@ -105,7 +111,7 @@ class InferMethods:
             raise HttpError(503, "the server is going down: this stream's last request is answered.")
 
     async def _read(
-        self, rpc: Rpc, address: str, answers: asyncio.Queue[_Task | None], running: set[asyncio.Task[Any]]
+        self, rpc: Rpc, caller: Caller, answers: asyncio.Queue[_Task | None], running: set[asyncio.Task[Any]]
     ) -> bool:
         """Start what the client asks for; whether it ended the stream, and not the server."""
         going = _start(self._calls.draining.wait(), running)
@@ -117,21 +123,26 @@ class InferMethods:
             data = reading.result()
             if data is None:
                 return True
-            await answers.put(_start(self._answer(data, rpc, address), running))
+            await answers.put(_start(self._answer(data, rpc, caller), running))
         return False
 
-    async def _answer(self, data: bytes, rpc: Rpc, address: str) -> bytes:
+    async def _answer(self, data: bytes, rpc: Rpc, caller: Caller) -> bytes:
         """A ``ModelStreamInferResponse``, also for a request that fails."""
         model = request_id = ""
         try:
-            asked = self._read_request(data)
-            model, request_id = asked.known.model, asked.id
-            return await self._run(asked, rpc, address, streamed=True)
+            with self._traced(_STREAM, caller, time.monotonic()) as trace:
+                asked = self._read_request(data)
+                model, request_id = asked.known.model, asked.id
+                return await self._run(asked, rpc, caller.address, streamed=True, trace=trace)
         except Exception as error:
             _, text, _ = status_of(error, _STREAM)
             failed = self._stream_response(error_message=text)
             failed.infer_response.model_name, failed.infer_response.id = model, request_id
             return failed.SerializeToString()  # type: ignore[no-any-return]
+
+    def _traced(self, method: str, caller: Caller, began: float) -> AbstractContextManager[RequestTrace | None]:
+        tracing = self._calls.tracing
+        return _NOT_TRACED if tracing is None else traced_call(tracing, method, caller, began)
 
     def _read_request(self, data: bytes) -> _Asked:
         parts = split_infer(data)
@@ -167,30 +178,50 @@ class InferMethods:
             self._known[head] = known
         return known
 
-    async def _run(self, asked: _Asked, rpc: Rpc, address: str, streamed: bool = False) -> bytes:
-        calls, face = self._calls, self._calls.face
-        known, request_id, raw, nbytes = asked
-        model, remaining_s = known.model, rpc.time_remaining()
-        contract, _ = face.contract(model, known.version)
-        check_id(request_id, contract)
-        if known.contract is not contract:
-            known.plan = plan_infer(known.message, contract)
-            known.contract = contract
-        regions = None
-        if known.plan is not None:
-            request = known.plan.request(request_id, raw, remaining_s)
-        else:
-            regions = face.region_access()
-            request = parse_infer(known.message, request_id, raw, contract, regions, remaining_s)
-        calls.hold(nbytes)
+    async def _run(
+        self, asked: _Asked, rpc: Rpc, address: str, streamed: bool = False, trace: RequestTrace | None = None
+    ) -> bytes:
+        calls, model = self._calls, asked.known.model
         try:
-            answers = await face.infer(model, request, client=address)
+            contract, regions, request = self._understood(asked, rpc.time_remaining())
+            calls.hold(asked.nbytes)
+        except Exception as error:
+            calls.face.refused(model, error)
+            raise
+        try:
+            answer = self._sent(model, request, address)
+            if trace is not None:
+                trace.asked(answer)
+            answers = await answer
             try:
                 return encode_answer(model, request, answers, contract, regions, streamed)
             finally:
                 answers.release()
         finally:
-            calls.held_bytes -= nbytes
+            calls.held_bytes -= asked.nbytes
+
+    def _sent(self, model: str, request: InferRequest, address: str) -> Awaitable[Answers]:
+        try:
+            return self._calls.face.infer(model, request, client=address)
+        except Exception as error:
+            self._calls.face.refused(model, error)
+            raise
+
+    def _understood(
+        self, asked: _Asked, remaining_s: float | None
+    ) -> tuple[InferContract, RegionAccess | None, InferRequest]:
+        """What a request must satisfy, the shared memory that it may speak of, and the request."""
+        face = self._calls.face
+        known, request_id, raw, _ = asked
+        contract, _ = face.contract(known.model, known.version)
+        check_id(request_id, contract)
+        if known.contract is not contract:
+            known.plan = plan_infer(known.message, contract)
+            known.contract = contract
+        if known.plan is not None:
+            return contract, None, known.plan.request(request_id, raw, remaining_s)
+        regions = face.region_access()
+        return contract, regions, parse_infer(known.message, request_id, raw, contract, regions, remaining_s)
 
 
 async def _write(answers: asyncio.Queue[_Task | None], rpc: Rpc) -> None:

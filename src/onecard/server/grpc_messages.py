@@ -109,6 +109,7 @@ ModelConfig
   repeated ModelInput input 5
   repeated ModelOutput output 6
   | ModelDynamicBatching dynamic_batching 11
+  map<ModelParameter> parameters 14
   string backend 17
 ModelInput
   string name 1
@@ -120,6 +121,8 @@ ModelOutput
   repeated int64 dims 3
 ModelDynamicBatching
   uint64 priority_levels 4
+ModelParameter
+  string string_value 1
 ModelStatisticsRequest
   string name 1
   string version 2

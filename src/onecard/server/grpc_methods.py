@@ -14,7 +14,7 @@ from onecard.server.oip_types import ProtocolError, quote
 
 _NOT_FOUND = 404
 _ABSENT = {
-    "TraceSetting": "requests are not traced by this server.",
+    "TraceSetting": "which requests are traced cannot be changed while the server runs: it is an option of its start.",
     "LogSettings": "the log's settings cannot be changed while the server runs: they are options of its start.",
 }
 
@@ -53,7 +53,7 @@ class ServiceMethods:
         }
         handlers = {name: self._calls.unary(right, self._read(name, do)) for name, (right, do) in table.items()}
         for name, why in _ABSENT.items():
-            handlers[name] = self._calls.unary("control", _refusal(HttpError(501, why)))
+            handlers[name] = self._calls.unary("control", _refusal(why))
         return handlers
 
     def _read(self, method: str, answer: Callable[[Any], Awaitable[Any]]) -> Answer:
@@ -152,9 +152,9 @@ class ServiceMethods:
         return self._messages["CudaSharedMemoryUnregisterResponse"]()
 
 
-def _refusal(error: HttpError) -> Answer:
+def _refusal(why: str) -> Answer:
     async def refuse(_: bytes, __: Any, ___: Caller) -> bytes:
-        raise error
+        raise HttpError(501, why)  # a new one: an error that is raised again and again keeps the frames of each time
 
     return refuse
 

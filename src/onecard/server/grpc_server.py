@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import stat
@@ -22,6 +23,7 @@ from onecard.server.http_tls import tls_context
 
 if TYPE_CHECKING:
     from onecard.server.grpc_core import Rpc
+    from onecard.server.traces import Tracing
 
 
 class GrpcServer:
@@ -119,13 +121,16 @@ class GrpcServer:
                     path.unlink()
 
 
-async def serve_grpc(face: Inference, listen: GrpcListen, limits: GrpcLimits | None = None) -> GrpcServer:
+async def serve_grpc(
+    face: Inference, listen: GrpcListen, limits: GrpcLimits | None = None, tracing: Tracing | None = None
+) -> GrpcServer:
     """Serve the inference and the health service on the running loop.
 
     Args:
         face: the server behind it.
         listen: the addresses.
         limits: what clients may ask; None for the defaults.
+        tracing: begins traces of inference; None for none.
 
     Returns:
         The server, listening.
@@ -134,9 +139,13 @@ async def serve_grpc(face: Inference, listen: GrpcListen, limits: GrpcLimits | N
         UsageError: an address that cannot be had.
         MissingDependencyError: grpcio or protobuf is not installed.
     """
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it complains of every process that is started
+    # It complains of every process that is started, and of every header field that it cannot read, some with a
+    # traceback: any client could fill the log.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     try:
-        calls = Calls(face, limits or GrpcLimits())
+        calls = Calls(face, limits or GrpcLimits(), tracing)
         calls.handlers.update(_handlers(calls))
         server = GrpcServer(calls, listen)
     except ImportError as error:

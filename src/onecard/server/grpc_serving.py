@@ -54,11 +54,11 @@ class GrpcServing:
 
     def metadata(self, model: str, version: str) -> bytes:
         served, contract = self._serving.find(model, version)
-        return model_metadata(model, [served.version], contract.spec)
+        return model_metadata(model, [served.version], contract.spec, contract.also)
 
     def config(self, model: str, version: str) -> bytes:
         _, contract = self._serving.find(model, version)
-        return model_config(model, contract.spec, priorities=DEFAULT_PRIORITY + 1)
+        return model_config(model, contract.spec, DEFAULT_PRIORITY + 1, contract.also)
 
     async def statistics(self, model: str, version: str) -> bytes:
         if model:
@@ -84,6 +84,9 @@ class GrpcServing:
     def infer(self, model: str, request: InferRequest, *, client: str) -> Awaitable[Answers]:
         return self._serving.infer(model, request, client)
 
+    def refused(self, model: str, error: Exception) -> None:
+        self._serving.refuse(model, error)
+
 
 class _SystemEntries:
     """The system's shared memory, in the front's words."""
@@ -95,13 +98,10 @@ class _SystemEntries:
         return [RegionEntry(r.name, r.byte_size, r.key, r.offset) for r in self._regions.system.status(name)]
 
     async def register(self, entry: RegionEntry, raw_handle: bytes) -> None:
-        self._regions.register_system(SystemRegion(entry.name, entry.key, entry.offset, entry.byte_size))
+        await self._regions.register(SystemRegion(entry.name, entry.key, entry.offset, entry.byte_size))
 
     async def unregister(self, name: str) -> None:
-        if name:
-            self._regions.system.unregister(name)
-        else:
-            self._regions.system.unregister_all()
+        await self._regions.unregister("system", name)
 
 
 class _DeviceEntries:
@@ -115,7 +115,7 @@ class _DeviceEntries:
         return [RegionEntry(r.name, r.byte_size, device_id=r.device) for r in found]
 
     async def register(self, entry: RegionEntry, raw_handle: bytes) -> None:
-        await self._regions.register_device(DeviceRegion(entry.name, raw_handle, entry.device_id, entry.byte_size))
+        await self._regions.register(DeviceRegion(entry.name, raw_handle, entry.device_id, entry.byte_size))
 
     async def unregister(self, name: str) -> None:
-        await (self._regions.device.unregister(name) if name else self._regions.device.unregister_all())
+        await self._regions.unregister("device", name)

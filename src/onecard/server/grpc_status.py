@@ -25,6 +25,13 @@ _MOST_DETAIL_CHARS = 2048  # it travels in the trailers, which clients bound to 
 _PUSHBACK = "grpc-retry-pushback-ms"
 
 
+def code_of(error: BaseException) -> str:
+    """The name of the status code that an RPC ends with for what a handler raised."""
+    if isinstance(error, HttpError):
+        return _CODES.get(error.status, "INTERNAL")
+    return _CODES.get(error.http_status, "INTERNAL") if isinstance(error, OnecardError) else "INTERNAL"
+
+
 def status_of(error: BaseException, method: str) -> tuple[str, str, tuple[tuple[str, str], ...]]:
     """Turn what a handler raised into the end of its RPC.
 
@@ -39,12 +46,12 @@ def status_of(error: BaseException, method: str) -> tuple[str, str, tuple[tuple[
     if isinstance(error, HttpError):
         retry = [int(value) * 1000 for name, value in error.headers if name == b"Retry-After" and value.isdigit()]
         trailing = tuple((_PUSHBACK, str(each)) for each in retry[:1])
-        return _CODES.get(error.status, "INTERNAL"), _short(error.message), trailing
+        return code_of(error), _short(error.message), trailing
     if isinstance(error, QueueFullError):
         wait_ms = str(math.ceil(error.retry_after_s * 1000))
-        return "RESOURCE_EXHAUSTED", _short(str(error)), ((_PUSHBACK, wait_ms),)
+        return code_of(error), _short(str(error)), ((_PUSHBACK, wait_ms),)
     if isinstance(error, OnecardError):
-        return _CODES.get(error.http_status, "INTERNAL"), _short(str(error)), ()
+        return code_of(error), _short(str(error)), ()
     number = secrets.token_hex(8)
     LOGGER.error("Request %s failed: gRPC %s", number, method, exc_info=error)
     return "INTERNAL", f"Internal error; the server's log tells more of request {number}.", ()

@@ -8,8 +8,10 @@ import os
 import socket
 import ssl
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onecard.errors import UsageError
 from onecard.server.http_protocol import HttpConnection
@@ -32,6 +34,8 @@ class Listen:
         uds_mode: who may connect to it: its permission bits.
         tls: the context for TCP; the Unix-domain socket goes without.
         reuse_port: whether other processes may listen on the same port, with connections spread over them.
+        shared: a Unix-domain socket that another process listens on, to accept from as well; it is that one's to
+            remove.
     """
 
     host: str | None = "127.0.0.1"
@@ -40,6 +44,7 @@ class Listen:
     uds_mode: int = 0o600
     tls: ssl.SSLContext | None = None
     reuse_port: bool = False
+    shared: socket.socket | None = None
 
 
 class HttpServer:
@@ -106,14 +111,23 @@ class HttpServer:
             if where.uds is not None:
                 listening = _unix_socket(where.uds, where.uds_mode)
                 self._uds = (where.uds, os.stat(where.uds).st_ino)
-                server = await shared.loop.create_unix_server(
-                    lambda: HttpConnection(shared), sock=listening, backlog=_BACKLOG
-                )
-                self._servers.append(server)
+                await self._accept(listening)
+            if where.shared is not None:
+                await self._accept(where.shared)
         except OSError as error:
             tcp = None if where.host is None else f"{where.host}:{where.port}"
             place = " and ".join(str(part) for part in (tcp, where.uds) if part is not None)
             raise UsageError(f"Listening on {place} is not possible: {error}.", "Choose another address.") from error
+
+    async def _accept(self, listening: socket.socket) -> None:
+        """Take connections of a Unix-domain socket."""
+        shared = self._shared
+        # asyncio removes the socket's path when it stops, which is for whoever made it.
+        keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) and not shared.is_uvloop else {}
+        server = await shared.loop.create_unix_server(
+            lambda: HttpConnection(shared), sock=listening, backlog=_BACKLOG, **keep
+        )
+        self._servers.append(server)
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Stop listening, let what was asked be answered, and close.

@@ -28,6 +28,7 @@ class Shared:
         connections: those that are open, also such as are being closed.
         draining: whether connections are to end after the answer that they wait for.
         date: the Date field.
+        is_uvloop: whether the loop is uvloop's.
         scatters: whether ``writelines`` sends buffers without joining them.
         scratch: where bytes go that nobody wants; what is in it has no meaning.
         nobody_left: set when the last connection has ended.
@@ -41,7 +42,8 @@ class Shared:
         self.connections: set[HttpConnection] = set()
         self.draining = False
         self.date = DateField()
-        self.scatters = type(loop).__module__.startswith("uvloop") or sys.version_info >= (3, 12)
+        self.is_uvloop = type(loop).__module__.startswith("uvloop")
+        self.scatters = self.is_uvloop or sys.version_info >= (3, 12)
         self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self.nobody_left = asyncio.Event()
 

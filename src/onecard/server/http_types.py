@@ -10,9 +10,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from onecard.errors import OnecardError
+
+if TYPE_CHECKING:
+    from onecard.server.traces import RequestTrace
 
 LOGGER = logging.getLogger("onecard.server")
 
@@ -143,9 +146,10 @@ class Request:
         began: when its head was there, in seconds of ``time.monotonic``.
         answer: set by the connection: the response, once there is one.
         task: set by the connection: what is awaited for the answer.
+        trace: set by the application, if it is traced.
     """
 
-    __slots__ = ("_callbacks", "answer", "began", "body", "client", "gone", "head", "task", "tls")
+    __slots__ = ("_callbacks", "answer", "began", "body", "client", "gone", "head", "task", "tls", "trace")
 
     def __init__(self, head: Head, client: str, tls: bool) -> None:
         self.head = head
@@ -156,6 +160,7 @@ class Request:
         self.gone = False
         self.answer: Response | None = None
         self.task: asyncio.Future[Response] | None = None
+        self.trace: RequestTrace | None = None
         self._callbacks: list[Callable[[], None]] | None = None
 
     @property

@@ -177,6 +177,7 @@ class Entry:
         client: where it came from.
         model: its name, if it was for one.
         request_id: its id.
+        trace_id: of its trace, if it is traced.
     """
 
     method: str
@@ -188,6 +189,7 @@ class Entry:
     client: str
     model: str = ""
     request_id: str = ""
+    trace_id: str = ""
 
 
 class AccessLog:
@@ -236,6 +238,7 @@ class AccessLog:
             "client": entry.client,
             "model": entry.model or None,
             "request_id": entry.request_id or None,
+            **({"trace_id": entry.trace_id} if entry.trace_id else {}),
         }
         level = logging.WARNING if entry.status >= _FIRST_SERVER_ERROR else logging.INFO
         self._logger.log(level, "request", extra=fields)

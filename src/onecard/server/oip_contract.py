@@ -35,6 +35,7 @@ class InferContract:
         labels: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.spec = spec
+        self.also = tuple(also)
         self.limits = limits or OipLimits()
         self.labels = dict(labels or {})
         self.batched = spec.batch_symbol is not None
@@ -61,9 +62,8 @@ class InferContract:
         form = forms.get(datatype)
         if form is None:
             reason = "; the model takes no strings" if datatype == "BYTES" else ""
-            raise ProtocolError(
-                f"input '{name}' has datatype {quote(datatype)}, expected {' or '.join(sorted(forms))}{reason}."
-            )
+            expected = next(iter(forms)) if len(forms) == 1 else _both(forms)
+            raise ProtocolError(f"input '{name}' has datatype {quote(datatype)}, expected {expected}{reason}.")
         return form
 
     def measure(self, sent: tuple[tuple[Form, Shape], ...]) -> tuple[int, ...]:
@@ -87,10 +87,16 @@ class InferContract:
         try:
             msgspec.structs.replace(self.spec, inputs=tuple(form.tensor for form, _ in sent)).bind(shapes)
         except SpecError as error:
-            raise ProtocolError(error.message) from None
+            raise ProtocolError(error.message, self._other_forms(sent)) from None
         if len(self._seen) >= _MOST_SHAPES:
             self._seen.clear()
         return self._seen.setdefault(sent, tuple(math.prod(shape) for _, shape in sent))
+
+    def _other_forms(self, sent: tuple[tuple[Form, Shape], ...]) -> str:
+        """All forms of those inputs that have several."""
+        found = [(form.tensor.name, self.forms[form.tensor.name]) for form, _ in sent]
+        taken = ", ".join(f"'{name}' as {_both(forms)}" for name, forms in found if len(forms) > 1)
+        return f"The model takes {taken}." if taken else ""
 
     def check_output(self, wanted: RequestedOutput) -> None:
         """Refuse an output that could not be sent as it is wanted, before the model is run for nothing.
@@ -123,6 +129,11 @@ class InferContract:
         for wanted in self._in_json:
             self.check_output(wanted)
         return self._in_json
+
+
+def _both(forms: Mapping[str, Form]) -> str:
+    """Forms of an input in words: ``FP32[B,3,224,224] or UINT8[B,224,224,3]``."""
+    return " or ".join(f"{name}[{','.join(map(str, form.tensor.shape))}]" for name, form in forms.items())
 
 
 def _datatype(tensor: TensorSpec) -> Datatype:

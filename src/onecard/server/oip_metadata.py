@@ -119,26 +119,35 @@ def model_ready(name: str, ready: bool) -> bytes:
     return _ENCODER.encode({"name": name, "ready": ready})
 
 
-def model_metadata(name: str, versions: Sequence[str], spec: Spec) -> bytes:
-    """The body of ``GET /v2/models/{name}``; a symbol in a shape is -1."""
-    return _ENCODER.encode(
-        {
-            "name": name,
-            "versions": list(versions),
-            "platform": PLATFORM,
-            "inputs": [_tensor_metadata(tensor) for tensor in spec.inputs],
-            "outputs": [_tensor_metadata(tensor) for tensor in spec.outputs],
-        }
-    )
+def model_metadata(name: str, versions: Sequence[str], spec: Spec, also: Sequence[TensorSpec] = ()) -> bytes:
+    """The body of ``GET /v2/models/{name}``; a symbol in a shape is -1.
+
+    Args:
+        name: of the model.
+        versions: of it.
+        spec: of the model.
+        also: further forms of inputs. The protocol has room for one of each: these are parameters.
+    """
+    metadata: dict[str, Any] = {
+        "name": name,
+        "versions": list(versions),
+        "platform": PLATFORM,
+        "inputs": [_tensor_metadata(tensor) for tensor in spec.inputs],
+        "outputs": [_tensor_metadata(tensor) for tensor in spec.outputs],
+    }
+    if also:
+        metadata["parameters"] = _parameters(also)
+    return _ENCODER.encode(metadata)
 
 
-def model_config(name: str, spec: Spec, priorities: int = 0) -> bytes:
+def model_config(name: str, spec: Spec, priorities: int = 0, also: Sequence[TensorSpec] = ()) -> bytes:
     """The body of ``GET /v2/models/{name}/config``, as far as Triton's ModelConfig has words for it.
 
     Args:
         name: of the model.
         spec: of the model. With a batch symbol, ``max_batch_size`` is its largest and the dims are those of a row.
         priorities: how many levels the queue tells apart; 0 to leave them out.
+        also: further forms of inputs, as in :func:`model_metadata`.
     """
     batch = spec.batch_symbol
     config: dict[str, Any] = {
@@ -151,6 +160,8 @@ def model_config(name: str, spec: Spec, priorities: int = 0) -> bytes:
     }
     if batch is not None:
         config["dynamic_batching"] = {"priority_levels": priorities} if priorities else {}
+    if also:
+        config["parameters"] = {key: {"string_value": value} for key, value in _parameters(also).items()}
     return _ENCODER.encode(config)
 
 
@@ -166,6 +177,11 @@ def _tensor_metadata(tensor: TensorSpec) -> dict[str, Any]:
 def _tensor_config(tensor: TensorSpec, batch: str | None) -> dict[str, Any]:
     dims = _sizes(tensor.shape if batch is None else tensor.shape[1:])
     return {"name": tensor.name, "data_type": _TRITON_KINDS[tensor.dtype], "dims": dims}
+
+
+def _parameters(also: Sequence[TensorSpec]) -> dict[str, str]:
+    """``ingest.INPUT`` to what may be sent instead: ``UINT8[-1,224,224,3]``."""
+    return {f"ingest.{t.name}": f"{DATATYPES[t.dtype].name}[{','.join(map(str, _sizes(t.shape)))}]" for t in also}
 
 
 def _sizes(shape: Sequence[Dim]) -> list[int]:

@@ -124,21 +124,24 @@ def find_place(path: Sequence[str]) -> Place | None:
 def shared_memory_routes(regions: SharedRegions) -> dict[tuple[str, str], Route]:
     """The routes by method and :attr:`Place.route`. An answer without a body is empty, as Triton's."""
 
-    def register_system(name: str, body: Buffer) -> bytes:
-        regions.register_system(parse_register_system(name, body))
+    def register_system(name: str, body: Buffer) -> Answer:
+        region = parse_register_system(name, body)
+        if regions.sharing is not None:
+            return _empty(regions.register(region))
+        regions.register_system(region)
         return b""
 
     async def register_device(name: str, body: Buffer) -> bytes:
-        await regions.register_device(parse_register_device(name, body))
-        return b""
+        return await _empty(regions.register(parse_register_device(name, body)))
 
-    def unregister_system(name: str, body: Buffer) -> bytes:
-        regions.system.unregister(name) if name else regions.system.unregister_all()
+    def unregister_system(name: str, body: Buffer) -> Answer:
+        if regions.sharing is not None:
+            return _empty(regions.unregister("system", name))
+        regions.unregister_system(name)
         return b""
 
     async def unregister_device(name: str, body: Buffer) -> bytes:
-        await (regions.device.unregister(name) if name else regions.device.unregister_all())
-        return b""
+        return await _empty(regions.unregister("device", name))
 
     return {
         ("GET", "systemsharedmemory/status"): lambda name, _: system_status(regions.system.status(name)),
@@ -148,6 +151,12 @@ def shared_memory_routes(regions: SharedRegions) -> dict[tuple[str, str], Route]
         ("POST", "cudasharedmemory/register"): register_device,
         ("POST", "cudasharedmemory/unregister"): unregister_device,
     }
+
+
+async def _empty(change: Awaitable[None]) -> bytes:
+    """The body of the answer once a change is made."""
+    await change
+    return b""
 
 
 def _read(body: Buffer, decoder: msgspec.json.Decoder[Any]) -> Any:

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,12 +28,23 @@ from onecard.server.logs import AccessLog
 from onecard.server.repository import Repository, Source
 from onecard.server.serving import Serving
 from onecard.server.shared_regions import SharedRegions
+from onecard.server.state import Life, Watched
 from onecard.server.system_regions import SystemRegions
+from onecard.server.traces import TraceOptions, Tracing
+from onecard.server.traces_export import TraceExport
+from onecard.server.traces_http import traced_service
 from onecard.server.watch import FolderWatch
+from onecard.server.watching import MetricsPort, WatchingPages
+from onecard.server.worker_messages import WorkerSetup
+from onecard.server.workers import MOST_FRONTS, Workers, WorkersOptions, check_free
+from onecard.telemetry.exposition import Compatibility
 
 if TYPE_CHECKING:
     from onecard.server.grpc_server import GrpcServer
 
+_METRICS_DRAIN_S = 1.0
+_METRICS_LIMITS = HttpLimits(max_body_bytes=1, max_connections=64)
+_TRACES_S = 3.0  # for the last traces
 _END_S = 5.0  # for an engine that has nothing to do any more
 ENGINE_COMMAND = (sys.executable, "-m", "onecard.server.engine_process")
 
@@ -46,6 +58,10 @@ class Announce(Protocol):
 
     def listening_grpc(self, port: int) -> None:
         """It listens for gRPC too."""
+        ...
+
+    def listening_metrics(self, port: int) -> None:
+        """Metrics are to be had on a port of their own."""
         ...
 
     def ready(self, serving: Serving) -> None:
@@ -72,7 +88,11 @@ class ServeOptions:
         model: how bundles of the folder are opened.
         engine: the command that starts an engine process.
         grpc: where to listen for gRPC; None for nowhere.
+        metrics: where metrics are to be had alone, without tokens; None for nowhere but with all the rest.
+        metrics_names: ``triton`` for its names of metrics beside onecard's.
         drain_s: how long requests that came in may take once the server was told to end.
+        trace: which requests are traced, and who is told; None for none.
+        workers: how many processes have sockets.
     """
 
     sources: dict[str, Source]
@@ -89,7 +109,11 @@ class ServeOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     engine: Sequence[str] = ENGINE_COMMAND
     grpc: GrpcListen | None = None
+    metrics: Listen | None = None
+    metrics_names: Compatibility = ""
     drain_s: float = 30.0
+    trace: TraceOptions | None = None
+    workers: WorkersOptions = field(default_factory=WorkersOptions)
 
 
 def run_server(options: ServeOptions, announce: Announce) -> None:
@@ -107,7 +131,13 @@ def run_server(options: ServeOptions, announce: Announce) -> None:
         raise UsageError("there is nothing to serve.", "Name at least one bundle, or a --model-repository.")
     if options.follow and options.folder is None:
         raise UsageError("there is no folder to follow.", "Name one: --model-repository FOLDER.")
-    main = _serve(options, announce)
+    if not 1 <= options.workers.fronts <= MOST_FRONTS:
+        raise UsageError(f"{options.workers.fronts} processes cannot have sockets, expected 1 to {MOST_FRONTS}.")
+    run_on_loop(_trace_and_serve(options, announce))
+
+
+def run_on_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run a process on the fastest event loop there is."""
     try:
         import uvloop
     except ImportError:
@@ -122,65 +152,190 @@ def run_server(options: ServeOptions, announce: Announce) -> None:
         asyncio.run(main)
 
 
-async def _serve(options: ServeOptions, announce: Announce) -> None:
+async def _trace_and_serve(options: ServeOptions, announce: Announce) -> None:
+    if options.trace is None:
+        await _serve(options, announce, None)
+        return
+    traces = TraceExport(options.trace)
+    try:
+        await _serve(options, announce, traces.tracing)
+    finally:
+        await traces.close(_TRACES_S)
+
+
+async def _serve(options: ServeOptions, announce: Announce, tracing: Tracing | None) -> None:
     loop = asyncio.get_running_loop()
+    options = _on_shared_ports(options)
     client = EngineClient(options.client)
     desired = {name: (source.path, source.options) for name, source in options.sources.items()}
     guard = EngineGuard(options.engine, client, desired, options.guard)
     device = DeviceRegions(client if options.cuda_shared_memory else None)
     regions = SharedRegions(SystemRegions(options.shared_memory), device)
     serving = Serving(client, Repository(options.sources, options.folder, options.model), regions)
-    watch = FolderWatch(options.folder) if options.follow and options.folder is not None else None
-    app = App(serving, options.access, regions)
-    service = HttpService(app, body_memory(client), on_answer=access_logger(AccessLog(options.access_log)))
-    server = await serve_http(service, options.listen, options.limits)
-    try:
-        rpcs = await _serve_grpc(options, serving, regions, announce)
-    except BaseException:
-        await server.close()
-        raise
+    guard.others = workers = Workers(serving, guard.suspect)
+    doors = Doors(tracing)
+    life = Life(lambda: guard.restarts, lambda: guard.pid, lambda: doors.connections, lambda: workers.fronts)
+    watched = Watched(serving, life, "front" if options.workers.fronts == 1 else "front-0", workers.parts)
+    await doors.open(options, serving, WatchingPages(watched, options.metrics_names), announce)
     told = asyncio.Event()
-    announce.listening(server)
     with _signals(loop, told):
-        opening = asyncio.ensure_future(_open(guard, serving, watch))
+        workers.start(options.workers, _worker_setup(options, doors), doors.unix_socket, watched.read)
+        opening = asyncio.ensure_future(_open(options, guard, workers, serving, watched, announce))
         ending = asyncio.ensure_future(told.wait())
-        following: list[asyncio.Task[None]] = []
         try:
             either: list[asyncio.Future[Any]] = [opening, ending]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if opening.done():
-                opening.result()
-                if watch is not None:
-                    following.append(asyncio.create_task(follow(watch, serving)))
-                announce.ready(serving)
+            if ending.done():
+                LOGGER.info("draining: %d connections", doors.connections)
+            else:
+                opening.result()  # it follows the folder for ever, or failed
                 await ending
-                LOGGER.info("draining: %d connections", server.connections)
         finally:
             serving.draining = True
-            for task in (ending, opening, *following):
+            for task in (ending, opening):
                 task.cancel()
-            rpcs_closing = asyncio.ensure_future(rpcs.close(options.drain_s)) if rpcs is not None else None
-            await server.close(options.drain_s)
-            if rpcs_closing is not None:
-                await rpcs_closing
+            await asyncio.gather(doors.close(options.drain_s), workers.stop(options.drain_s))
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(opening, *following, return_exceptions=True)
+                await asyncio.gather(opening, return_exceptions=True)
+            watched.close()
             await guard.stop(_END_S)
             await client.close()
     logging.getLogger(__name__).debug("the server ended")
 
 
-async def _open(guard: EngineGuard, serving: Serving, watch: FolderWatch | None) -> None:
-    """Start the engine and open all models."""
+class Doors:
+    """All ways in: HTTP, metrics on a port of their own, gRPC.
+
+    Args:
+        tracing: begins traces of inference; None for none.
+    """
+
+    def __init__(self, tracing: Tracing | None) -> None:
+        self._tracing = tracing
+        self._http: list[HttpServer] = []
+        self._grpc: GrpcServer | None = None
+
+    @property
+    def connections(self) -> int:
+        """Open ones of HTTP."""
+        return sum(server.connections for server in self._http)
+
+    @property
+    def port(self) -> int:
+        """Of HTTP; 0 without TCP."""
+        return (self._http[0].port or 0) if self._http else 0
+
+    @property
+    def grpc_port(self) -> int:
+        """Likewise of gRPC."""
+        return 0 if self._grpc is None else self._grpc.port or 0
+
+    @property
+    def unix_socket(self) -> int | None:
+        """The descriptor of the Unix-domain socket that HTTP listens on, if there is one."""
+        sockets = self._http[0].sockets if self._http else ()
+        return next((each.fileno() for each in sockets if each.family == socket.AF_UNIX), None)
+
+    async def open(self, options: ServeOptions, serving: Serving, pages: WatchingPages, announce: Announce) -> None:
+        """Listen everywhere.
+
+        Raises:
+            UsageError: an address that cannot be had; then nothing is open.
+        """
+        app = App(serving, options.access, serving.regions, pages)
+        logger = access_logger(AccessLog(options.access_log))
+        service = HttpService(app, body_memory(serving.client), on_answer=logger)
+        if self._tracing is not None:
+            service = traced_service(service, self._tracing)
+        try:
+            self._http.append(await serve_http(service, options.listen, options.limits))
+            if options.metrics is not None:
+                metrics = HttpService(MetricsPort(pages))
+                self._http.append(await serve_http(metrics, options.metrics, _METRICS_LIMITS))
+            self._grpc = await _serve_grpc(options, serving, self._tracing)
+        except BaseException:
+            await self.close(0.0)
+            raise
+        announce.listening(self._http[0])
+        for server in self._http[1:]:
+            if server.port is not None:
+                announce.listening_metrics(server.port)
+        if self._grpc is not None and self._grpc.port is not None:
+            announce.listening_grpc(self._grpc.port)
+
+    async def close(self, drain_s: float) -> None:
+        """Stop listening and let what came in be answered; metrics go last, so that the end can be watched too."""
+        grpc = asyncio.ensure_future(self._grpc.close(drain_s)) if self._grpc is not None else None
+        for server in self._http[:1]:
+            await server.close(drain_s)
+        if grpc is not None:
+            await grpc
+        for server in self._http[1:]:
+            await server.close(min(drain_s, _METRICS_DRAIN_S))
+
+
+async def _open(
+    options: ServeOptions,
+    guard: EngineGuard,
+    workers: Workers,
+    serving: Serving,
+    watched: Watched,
+    announce: Announce,
+) -> None:
+    """Start the engine and open all models; then follow the folder, if that is asked."""
+    watch = FolderWatch(options.folder) if options.follow and options.folder is not None else None
     await guard.start()
     if watch is not None:
         await load_all(watch, serving)
     serving.started = True
+    await workers.open()
+    announce.ready(serving)
+    await watched.read()  # the first reading of the sensors may take a second
+    if watch is not None:
+        await follow(watch, serving)
 
 
-async def _serve_grpc(
-    options: ServeOptions, serving: Serving, regions: SharedRegions, announce: Announce
-) -> GrpcServer | None:
+def _on_shared_ports(options: ServeOptions) -> ServeOptions:
+    """With several processes, ports that all of them may listen on.
+
+    Raises:
+        UsageError: another server has one of them.
+    """
+    if options.workers.fronts == 1:
+        return options
+    for place in (options.listen, options.grpc):
+        if place is not None and place.host is not None:
+            check_free(place.host, place.port)
+    grpc = None if options.grpc is None else replace(options.grpc, reuse_port=True)
+    return replace(options, listen=replace(options.listen, reuse_port=True), grpc=grpc)
+
+
+def _worker_setup(options: ServeOptions, doors: Doors) -> WorkerSetup:
+    """What a further front is told: to be like this one."""
+    grpc = options.grpc if doors.grpc_port else None
+    workers = options.workers
+    return WorkerSetup(
+        sources=options.sources,
+        folder=options.folder,
+        host=options.listen.host,
+        port=doors.port,
+        tls=workers.tls,
+        limits=options.limits,
+        client=options.client,
+        tokens=options.access.digests,
+        access_log=options.access_log,
+        shared_memory=options.shared_memory,
+        cuda_shared_memory=options.cuda_shared_memory,
+        grpc=None if grpc is None else replace(grpc, port=doors.grpc_port, uds=None),
+        metrics_names=options.metrics_names,
+        drain_s=options.drain_s,
+        trace=options.trace,
+        log_form=workers.log_form,
+        log_level=workers.log_level,
+    )
+
+
+async def _serve_grpc(options: ServeOptions, serving: Serving, tracing: Tracing | None) -> GrpcServer | None:
     if options.grpc is None:
         return None
     from onecard.server.grpc_server import serve_grpc
@@ -188,13 +343,11 @@ async def _serve_grpc(
 
     limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes, max_connections=options.limits.max_connections)
     try:
-        rpcs = await serve_grpc(GrpcServing(serving, options.access, regions), options.grpc, limits)
+        face = GrpcServing(serving, options.access, serving.regions)
+        return await serve_grpc(face, options.grpc, limits, tracing)
     except MissingDependencyError as error:
         LOGGER.warning("there is no gRPC: %s", error)
         return None
-    if rpcs.port is not None:
-        announce.listening_grpc(rpcs.port)
-    return rpcs
 
 
 @contextlib.contextmanager

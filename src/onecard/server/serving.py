@@ -6,6 +6,8 @@ Every way in (HTTP, gRPC) asks here, so that all of them see the same models and
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from typing import Protocol
 
 import msgspec
 
@@ -20,9 +22,27 @@ from onecard.server.oip_repository import IndexEntry
 from onecard.server.oip_seen import DEFAULT_PRIORITY, SeenHeads
 from onecard.server.oip_types import InferRequest, Region
 from onecard.server.repository import Repository
+from onecard.server.request_figures import reason_of
 from onecard.server.shared_regions import SharedRegions
 
 SOON = ((b"Retry-After", b"1"),)
+
+
+class Control(Protocol):
+    """The process that decides over the models, where that is another one."""
+
+    @property
+    def wanted(self) -> Collection[str]:
+        """Names of the models that must answer for the server to be ready."""
+        ...
+
+    async def load(self, name: str) -> None:
+        """As :meth:`Serving.load`."""
+        ...
+
+    async def unload(self, name: str, drain_s: float) -> None:
+        """As :meth:`Serving.unload`."""
+        ...
 
 
 class Serving:
@@ -32,25 +52,32 @@ class Serving:
         client: the way to the engine.
         repository: what may be loaded.
         regions: shared memory that clients may register.
+        control: who loads and unloads; None for this process.
 
     Attributes:
         started: all models that the server begins with were opened.
         draining: the server is going down: not ready any more.
+        on_changed: awaited when a load or an unload is over, before whoever asked for it is answered.
     """
 
-    def __init__(self, client: EngineClient, repository: Repository, regions: SharedRegions) -> None:
+    def __init__(
+        self, client: EngineClient, repository: Repository, regions: SharedRegions, control: Control | None = None
+    ) -> None:
         self.client = client
         self.regions = regions
         self.repository = repository
         self.started = False
         self.draining = False
+        self.on_changed: Callable[[], Awaitable[None]] | None = None
+        self._control = control
         self._seen: dict[str, SeenHeads] = {}
         self._changing: dict[str, asyncio.Lock] = {}
 
     @property
     def is_ready(self) -> bool:
         """Whether every model that is wanted answers."""
-        return self.started and not self.draining and all(map(self.is_model_ready, self.client.wanted))
+        wanted = self.client.wanted if self._control is None else self._control.wanted
+        return self.started and not self.draining and all(map(self.is_model_ready, wanted))
 
     def is_model_ready(self, name: str) -> bool:
         """Whether a model answers now."""
@@ -104,6 +131,11 @@ class Serving:
             device=self._on_device(asked),
         )
 
+    def refuse(self, name: str, error: Exception) -> None:
+        """Count a request that was not handed on; one for a model that is not there is counted nowhere."""
+        if name in self.client.models:
+            self.client.figures(name).failures[reason_of(error)] += 1
+
     def _on_device(self, asked: InferRequest) -> OnDevice:
         """What of a request lies in CUDA shared memory."""
         find = self.regions.device.find
@@ -142,9 +174,14 @@ class Serving:
             HttpError: 404, there is no such bundle.
             OnecardError: it cannot be opened; what served goes on.
         """
+        if self._control is not None:
+            return await self._control.load(name)
         source = self.repository.find(name)
-        async with self._changing.setdefault(name, asyncio.Lock()):
-            await self.client.load(name, source.path, source.options)
+        try:
+            async with self._changing.setdefault(name, asyncio.Lock()):
+                await self.client.load(name, source.path, source.options)
+        finally:
+            await self._changed()
 
     async def unload(self, name: str, drain_s: float = 30.0) -> None:
         """Take no more requests for a model, answer those that wait, and release it.
@@ -152,10 +189,19 @@ class Serving:
         Raises:
             HttpError: 404, there is no such model.
         """
+        if self._control is not None:
+            return await self._control.unload(name, drain_s)
         if name not in self.client.models:
             raise HttpError(404, f"there is no model '{name[:128]}'.")
-        async with self._changing.setdefault(name, asyncio.Lock()):
-            await self.client.unload(name, drain_s)
+        try:
+            async with self._changing.setdefault(name, asyncio.Lock()):
+                await self.client.unload(name, drain_s)
+        finally:
+            await self._changed()
+
+    async def _changed(self) -> None:
+        if self.on_changed is not None:
+            await self.on_changed()
 
 
 def _place(region: Region) -> tuple[str, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, Protocol, TypeAlias
 
 from onecard.server.device_regions import DeviceRegion, DeviceRegions
 from onecard.server.oip_types import ProtocolError, Region, RegionAccess, Where, quote
@@ -11,6 +12,21 @@ from onecard.server.system_regions import OpenRegion, SystemRegion, SystemRegion
 Allocate = Callable[[int], memoryview]
 """Gives writable memory of so many bytes."""
 
+Kind: TypeAlias = Literal["system", "device"]
+"""Of regions."""
+
+
+class Sharing(Protocol):
+    """Has changes made in all processes with sockets; they are made when it returns."""
+
+    async def register(self, region: SystemRegion | DeviceRegion) -> None:
+        """As :meth:`SharedRegions.register`."""
+        ...
+
+    async def unregister(self, kind: Kind, name: str) -> None:
+        """As :meth:`SharedRegions.unregister`."""
+        ...
+
 
 class SharedRegions:
     """Both kinds of regions.
@@ -18,17 +34,55 @@ class SharedRegions:
     Args:
         system: in the host's memory.
         device: in a device's memory.
+
+    Attributes:
+        sharing: makes changes, where there are several processes with sockets; None where this is the only one.
     """
 
     def __init__(self, system: SystemRegions, device: DeviceRegions) -> None:
         self.system = system
         self.device = device
+        self.sharing: Sharing | None = None
 
     @property
     def extensions(self) -> tuple[str, ...]:
         """The protocol's names of what is enabled, for the server's metadata."""
         system = ("system_shared_memory",) if self.system.enabled else ()
         return (*system, "cuda_shared_memory") if self.device.enabled else system
+
+    async def register(self, region: SystemRegion | DeviceRegion) -> None:
+        """Give memory a name, in every process with sockets.
+
+        Raises:
+            OnecardError: it cannot be done; then it is done nowhere.
+        """
+        if self.sharing is not None:
+            await self.sharing.register(region)
+        elif isinstance(region, SystemRegion):
+            self.register_system(region)
+        else:
+            await self.register_device(region)
+
+    async def unregister(self, kind: Kind, name: str) -> None:
+        """Forget a region, or with an empty name all of the kind, in every process with sockets.
+
+        Raises:
+            OnecardError: there is no engine; the next one will not know it.
+        """
+        if self.sharing is not None:
+            await self.sharing.unregister(kind, name)
+        elif kind == "system":
+            self.unregister_system(name)
+        else:
+            await self.unregister_device(name)
+
+    def unregister_system(self, name: str) -> None:
+        """Forget a region of the system's memory here, or with an empty name all of them."""
+        self.system.unregister(name) if name else self.system.unregister_all()
+
+    async def unregister_device(self, name: str) -> None:
+        """Forget a region of a device's memory here, or with an empty name all of them."""
+        await (self.device.unregister(name) if name else self.device.unregister_all())
 
     def register_system(self, region: SystemRegion) -> None:
         """As :meth:`SystemRegions.register`; the name must not be of the other kind either."""

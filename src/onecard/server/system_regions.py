@@ -58,6 +58,11 @@ class OpenRegion:
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
 
+    @property
+    def descriptor(self) -> int:
+        """Of the object; it stays this one's."""
+        return self._descriptor
+
     def check(self, place: Region) -> None:
         """Raise a ProtocolError for a place that exceeds the region."""
         check_bounds(place, self.region.byte_size)
@@ -158,6 +163,15 @@ class SystemRegions:
                 f"{region.byte_size}, expected at least 0 and at least 1."
             )
         self._open[region.name] = _open_region(region, path)
+
+    def adopt(self, region: SystemRegion, descriptor: int) -> None:
+        """Take over a region that another process of the server opened and checked.
+
+        Args:
+            region: which part of the object it is.
+            descriptor: of the object; it belongs to the region from now on.
+        """
+        self._open[region.name] = OpenRegion(region, descriptor)
 
     def unregister(self, name: str) -> None:
         """Forget a region; one that is not registered is none to forget. Requests under way may still use it."""

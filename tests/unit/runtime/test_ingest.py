@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from onecard.errors import SpecError
-from onecard.runtime.ingest import Cast, Picture, check_ingests, model_shapes
-from onecard.spec import parse_spec
+from onecard.runtime.ingest import Cast, Picture, check_ingests, in_model_form, model_shapes, raw_inputs, raw_spec
+from onecard.spec import Range, parse_spec
 
 SPEC = parse_spec(["image: float32[B,3,H,W], B=1..4, H=1..9, W=1..9", "ids: int64[B,S], S=1..8", "flag: bool[B]"])
 
@@ -96,3 +96,39 @@ def test_the_model_sees_the_shapes_of_its_own_form() -> None:
 def test_arrays_in_no_known_form_are_refused(name: str, array: np.ndarray | torch.Tensor, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         model_shapes(SPEC, check_ingests(SPEC, [Picture("image")]), {name: array})
+
+
+def test_the_raw_forms_in_a_specs_words() -> None:
+    ingests = [Cast("ids", "uint8"), Picture("image")]
+    assert list(map(str, raw_inputs(SPEC, ingests))) == ["image: uint8[B,H,W,3] in 0..255", "ids: uint8[B,S]"]
+    assert list(map(str, raw_spec(SPEC, ingests).inputs)) == [
+        "image: uint8[B,H,W,3] in 0..255",
+        "ids: uint8[B,S]",
+        "flag: bool[B]",
+    ]
+    assert raw_spec(SPEC, ()) == SPEC
+    with pytest.raises(SpecError, match="no input 'picture'"):
+        raw_inputs(SPEC, [Picture("picture")])
+
+
+@pytest.mark.parametrize(
+    ("values", "raw", "expected"),
+    [("in 0..30521", "int32", (0, 30521)), ("in 0..30521", "int8", (0, 127)), ("in 300..400", "uint8", (255, 255))],
+)
+def test_values_that_a_narrower_dtype_cannot_hold_are_not_drawn(values: str, raw: str, expected: tuple) -> None:
+    spec = parse_spec([f"ids: int64[B] {values}, B=1..4"])
+    (tensor,) = raw_inputs(spec, [Cast("ids", raw)])
+    assert tensor.values == Range(*expected)
+
+
+def test_a_request_in_raw_forms_is_made_what_the_model_takes() -> None:
+    ingests = [Picture("image"), Cast("ids", "int32")]
+    raw = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
+    raw.flags.writeable = False
+    flag, ids = np.ones(2, bool), torch.arange(4, dtype=torch.int32).view(2, 2)
+    made = in_model_form(SPEC, ingests, {"image": raw, "ids": ids, "flag": flag})
+    assert [str(v.dtype) for v in made.values()] == ["torch.float32", "torch.int64", "bool"]
+    np.testing.assert_allclose(made["image"], raw.transpose(0, 3, 1, 2) / 255, atol=1e-6)
+    assert made["ids"].tolist() == ids.tolist() and made["flag"] is flag
+    again = in_model_form(SPEC, ingests, made)
+    assert all(again[name] is made[name] for name in made)

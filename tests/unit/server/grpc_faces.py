@@ -109,6 +109,7 @@ class NumpyFace:
         self.guard: Callable[[Right, Caller], None] = lambda right, caller: None
         self.unreleased = self.cancelled = 0
         self.is_ready = True
+        self.refusals: list[tuple[str, Exception]] = []
         self.changes: list[tuple[str, str]] = []
         self.system_regions: Memory | None = None
         self.cuda_regions: Memory | None = None
@@ -156,6 +157,9 @@ class NumpyFace:
         if model not in self.contracts or version not in ("", "1"):
             raise HttpError(404, f"there is no model '{model}' of version '{version}'.")
         return self.contracts[model], "1"
+
+    def refused(self, model: str, error: Exception) -> None:
+        self.refusals.append((model, error))
 
     def region_access(self) -> Memory | None:
         return self.system_regions

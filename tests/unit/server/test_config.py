@@ -178,6 +178,7 @@ def test_all_options_of_a_model(file):
         for name, value in {
             "device": '"cuda:0"', "p99": '"5ms"', "max_batch": 8, "max_delay": '"2ms"', "timeout": '"1s"',
             "queue_items": 10, "queue_bytes": '"1GiB"', "queue_wait": '"10s"', "device_memory": '"2GiB"',
+            "sentinel": 100, "sentinel_device": '"same"', "ingest": '["image=uint8 NHWC"]',
         }.items()
     )  # fmt: skip
     model = read_config(file(f'[models.m]\npath = "b"\n{text}')).model("m")

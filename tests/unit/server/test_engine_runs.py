@@ -8,7 +8,7 @@ import pytest
 from onecard.errors import DeadlineError
 from onecard.ipc.messages import Infer, Refused, decode_to_front, packet
 from onecard.server.counters import Counters
-from onecard.server.engine_fronts import Run
+from onecard.server.engine_run import Run
 
 
 class Engine:

@@ -183,6 +183,18 @@ def test_a_refusal_for_the_time_being_says_when_to_come_back(running, face):
     assert dict(refused.value.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
 
 
+def test_what_is_not_handed_on_is_told_to_be_counted(triton, face):
+    with pytest.raises(Refused):
+        triton.infer("nobody", [an_input(X)])
+    with pytest.raises(Refused):
+        triton.infer("echo", [an_input(X, name="nothing")])
+    triton.infer("echo", [an_input(X)])
+    assert [(model, type(error).__name__) for model, error in face.refusals] == [
+        ("nobody", "HttpError"),
+        ("echo", "ProtocolError"),
+    ]
+
+
 def test_the_deadline_is_the_request_s_timeout_and_a_client_that_leaves_cancels_it(triton, face):
     with pytest.raises(Refused) as refused:
         triton.infer("echo", [an_input(NEVER)], client_timeout=0.3)
