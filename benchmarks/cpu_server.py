@@ -1,26 +1,30 @@
-"""What the server costs at the door: pictures of 150,528 bytes as binary data, and a model that computes nothing.
+"""What the server costs at the door: pictures of 150,528 bytes, and a model that computes nothing.
 
     python benchmarks/cpu_server.py --out benchmarks/results/cpu
 
 The load comes from a process of its own, 8 connections with one request each under way, over loopback, and is the same
-bytes for all. CPU is the processor time of all of a server's processes for each request. onecard's row goes through
-everything: HTTP, protocol, admission, shared memory, batching, staging, the answer. ``bare ASGI`` is uvicorn with a
-handler that reads the body and answers 4,000 bytes, and nothing else, if uvicorn is installed. Rounds are interleaved,
-the best of each shown; all are in the JSON.
+bytes for all of a row. CPU is the processor time of all of a server's processes for each request. onecard's rows go
+through everything: protocol, admission, shared memory, batching, staging, the answer; pictures come as HTTP's binary
+data, as gRPC's raw contents, or lie in the system's shared memory, where the answer is written too. ``bare ASGI`` is
+uvicorn with a handler that reads the body and answers 4,000 bytes, and nothing else, if uvicorn is installed; gRPC's
+rate is as much its client's (grpc.aio). Rounds are interleaved, the best of each shown; all are in the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ CONNECTIONS = 8
 PICTURE = 224 * 224 * 3
 CLASSES = 1000
 ASGI = "bare ASGI (uvicorn)"
+PREFIX = "onecard-bench-"
 
 
 def run_null_engine(socket_path: Path) -> None:
@@ -54,7 +59,8 @@ def run_null_engine(socket_path: Path) -> None:
     run_engine(socket_path, open_null)
 
 
-def onecard_server(ready: Any) -> None:
+def onecard_server(ready: Any, grpc: bool = False) -> None:
+    from onecard.server.grpc_limits import GrpcListen
     from onecard.server.http_server import Listen
     from onecard.server.repository import Source
     from onecard.server.serve import ServeOptions, run_server
@@ -63,11 +69,26 @@ def onecard_server(ready: Any) -> None:
         def listening(self, server: Any) -> None:
             self.port = server.port
 
+        def listening_grpc(self, port: int) -> None:
+            self.port = port
+
         def ready(self, serving: Any) -> None:
             ready.send(self.port)
 
-    engine = (sys.executable, __file__)
-    run_server(ServeOptions({"null": Source(Path())}, Listen(port=0), engine=engine), Announce())
+    run_server(
+        ServeOptions(
+            {"null": Source(Path())},
+            Listen(port=0),
+            engine=(sys.executable, __file__),
+            shared_memory=PREFIX,
+            grpc=GrpcListen("127.0.0.1", 0) if grpc else None,
+        ),
+        Announce(),
+    )
+
+
+def grpc_server(ready: Any) -> None:
+    onecard_server(ready, grpc=True)
 
 
 def front_server(ready: Any) -> None:
@@ -114,6 +135,83 @@ def asgi_server(ready: Any) -> None:
     asyncio.run(server.serve([listening]))
 
 
+def shared_request_bytes() -> bytes:
+    """A request whose picture and answer lie in shared memory."""
+
+    def place(region: str, nbytes: int) -> dict[str, Any]:
+        return {"shared_memory_region": region, "shared_memory_byte_size": nbytes}
+
+    head = {
+        "inputs": [
+            {
+                "name": "image",
+                "shape": [1, 224, 224, 3],
+                "datatype": "UINT8",
+                "parameters": place("pictures", PICTURE),
+            }
+        ],
+        "outputs": [{"name": "scores", "parameters": place("answers", 4 * CLASSES)}],
+    }
+    text = json.dumps(head).encode()
+    lines = f"POST /v2/models/null/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(text)}\r\n\r\n"
+    return lines.encode() + text
+
+
+def post(port: int, path: str, said: dict[str, Any]) -> None:
+    url = f"http://127.0.0.1:{port}/v2/systemsharedmemory/{path}"
+    urllib.request.urlopen(urllib.request.Request(url, json.dumps(said).encode(), method="POST")).close()
+
+
+@contextlib.contextmanager
+def shared_memory(port: int) -> Iterator[None]:
+    """The two regions, made and registered."""
+    sizes = {"pictures": PICTURE, "answers": 4 * CLASSES}
+    paths = {name: Path("/dev/shm") / f"{PREFIX}{os.getpid()}-{name}" for name in sizes}
+    try:
+        for name, path in paths.items():
+            path.write_bytes(bytes(sizes[name]))
+            said = {"key": f"/{path.name}", "offset": 0, "byte_size": sizes[name]}
+            post(port, f"region/{name}/register", said)
+        yield
+        post(port, "unregister", {})
+    finally:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+
+
+def load_shared(port: int, seconds: float) -> int:
+    with shared_memory(port):
+        return load(port, seconds, shared_request_bytes())
+
+
+def load_grpc(port: int, seconds: float) -> int:
+    """Requests answered over gRPC, without reading more of the answers than their length."""
+    import grpc
+
+    from onecard.server.grpc_messages import inference_messages
+
+    request = inference_messages()["ModelInferRequest"](model_name="null", raw_input_contents=[bytes(PICTURE)])
+    request.inputs.add(name="image", datatype="UINT8", shape=[1, 224, 224, 3])
+    payload = request.SerializeToString()
+
+    async def main() -> int:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            until = time.perf_counter() + seconds
+
+            async def one() -> int:
+                count = 0
+                while time.perf_counter() < until:
+                    if len(await call(payload)) < 4 * CLASSES:
+                        raise SystemExit("not answered")
+                    count += 1
+                return count
+
+            return sum(await asyncio.gather(*(one() for _ in range(CONNECTIONS))))
+
+    return asyncio.run(main())
+
+
 def request_bytes() -> bytes:
     """The same request for all, as tritonclient sends it."""
     head = {
@@ -135,9 +233,9 @@ def request_bytes() -> bytes:
     return lines.encode() + text + bytes(PICTURE)
 
 
-def load(port: int, seconds: float) -> int:
+def load(port: int, seconds: float, payload: bytes | None = None) -> int:
     """Requests answered in so many seconds, each answer read to its end and checked to be one."""
-    payload = request_bytes()
+    payload = payload or request_bytes()
 
     async def one(until: float) -> int:
         loop = asyncio.get_running_loop()
@@ -173,10 +271,12 @@ def load(port: int, seconds: float) -> int:
         return asyncio.run(main())
 
 
-SERVERS: dict[str, Callable[[Any], None]] = {
-    "onecard": onecard_server,
-    "its HTTP alone": front_server,
-    ASGI: asgi_server,
+SERVERS: dict[str, tuple[Callable[[Any], None], Callable[[int, float], int]]] = {
+    "onecard, HTTP": (onecard_server, load),
+    "onecard, shared memory": (onecard_server, load_shared),
+    "onecard, gRPC": (grpc_server, load_grpc),
+    "its HTTP alone": (front_server, load),
+    ASGI: (asgi_server, load),
 }
 
 
@@ -184,15 +284,16 @@ def measure(name: str, seconds: float) -> dict[str, float]:
     """One server, started, loaded and ended."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=SERVERS[name], args=(theirs,), daemon=True)
+    serve, ask = SERVERS[name]
+    process = spawn.Process(target=serve, args=(theirs,), daemon=True)
     process.start()
     port = ours.recv()
     time.sleep(0.3)
-    load(port, 1.0)
+    ask(port, 1.0)
     front = psutil.Process(process.pid)
     watched = [front, *front.children(recursive=True)]
     before, began = [cpu_s(each) for each in watched], time.perf_counter()
-    count = load(port, seconds)
+    count = ask(port, seconds)
     spent = time.perf_counter() - began
     used = [cpu_s(each) - then for each, then in zip(watched, before, strict=True)]
     process.terminate()

@@ -111,7 +111,18 @@ def engine_latencies(engine: Any, inputs: Any, times: list[float]) -> list[float
 
 def server_side(bundle: Path, rate: float | None, seconds: float, told: Any) -> None:
     """The same through ``onecard serve``."""
-    words = [sys.executable, "-m", "onecard", "serve", f"m={bundle}", "--http-port", "0", "--no-grpc"]
+    words = [
+        sys.executable,
+        "-m",
+        "onecard",
+        "serve",
+        f"m={bundle}",
+        "--http-port",
+        "0",
+        "--no-grpc",
+        "--metrics-port",
+        "-1",
+    ]
     server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
         told.send(asyncio.run(client(ready_port(server), rate, seconds)))
