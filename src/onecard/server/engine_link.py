@@ -17,8 +17,11 @@ from onecard.ipc.messages import (
     MOST_IN_PACKET,
     PACKET_BYTES,
     VERSION,
+    Answered,
     Hello,
+    Infer,
     Message,
+    Refused,
     Sent,
     ToFront,
     decode_to_front,
@@ -30,6 +33,12 @@ from onecard.server.engine_request import EngineRequest
 
 _MOST_AT_ONCE = 64
 """Packets received before the loop does something else."""
+
+_QUICK_S = 0.001
+"""An engine that answers within so long is not sent each request by itself: see :meth:`EngineLink.send`."""
+
+_GATHER_S = 0.001  # what uvloop can tell from none
+_WEIGHT = 0.1  # of the last answer in the mean
 
 
 class EngineLink:
@@ -64,6 +73,9 @@ class EngineLink:
         self._receive, self._lost = receive, lost
         self._outgoing: deque[Message | EngineRequest] = deque()
         self._sending = self._blocked = False
+        self._gathering: asyncio.TimerHandle | None = None
+        self._unanswered = 0
+        self._answer_s = 2 * _QUICK_S
         self._released: deque[int] = deque()
         self._releasing = self._closed = False
         self._sock = packets.connect(path)
@@ -84,11 +96,19 @@ class EngineLink:
             raise
 
     def send(self, item: Message | EngineRequest) -> None:
-        """Send a message, or a request as it is then: all that comes in one round of the loop goes together."""
+        """Send a message, or a request as it is then: all that comes in one round of the loop goes together.
+
+        While an engine that is quick has not answered all that it was sent, what comes goes after its next answer, a
+        millisecond later at most: both processes then wake up once for several requests.
+        """
         if self._closed:
             return
         self._outgoing.append(item)
-        if not (self._sending or self._blocked):
+        if self._sending or self._blocked or self._gathering is not None:
+            return
+        if self._unanswered and self._answer_s < _QUICK_S:
+            self._gathering = self._loop.call_later(_GATHER_S, self._send_gathered)
+        else:
             self._sending = True
             self._loop.call_soon(self._send_outgoing)
 
@@ -114,9 +134,18 @@ class EngineLink:
         self._loop.remove_reader(self._sock.fileno())
         if self._blocked:
             self._loop.remove_writer(self._sock.fileno())
+        if self._gathering is not None:
+            self._gathering.cancel()
         self._outgoing.clear()
         self._sock.close()
         self.answers.close()
+
+    def _send_gathered(self) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
+        if not self._blocked:
+            self._send_outgoing()
 
     def _send_outgoing(self) -> None:
         """Send what waits, in packets, until the socket is full."""
@@ -142,7 +171,7 @@ class EngineLink:
     def _send_packet(self) -> bool:
         """Send the next messages in one packet; False if the socket is full."""
         encoded: list[bytes] = []
-        nbytes = taken = 0
+        nbytes = taken = asked = 0
         for item in self._outgoing:
             message = item.message() if isinstance(item, EngineRequest) else item
             if message is not None:
@@ -151,6 +180,7 @@ class EngineLink:
                     break
                 encoded.append(data)
                 nbytes += len(data)
+                asked += type(message) is Infer
             taken += 1
         try:
             if encoded:
@@ -161,6 +191,7 @@ class EngineLink:
             item = self._outgoing.popleft()
             if isinstance(item, EngineRequest):
                 item.sent = True
+        self._unanswered += asked
         return True
 
     def _on_readable(self) -> None:
@@ -177,12 +208,19 @@ class EngineLink:
                 return
             try:
                 for message in decode_to_front(data):
+                    if type(message) is Answered:
+                        self._unanswered -= 1
+                        self._answer_s += _WEIGHT * (message.total_s - self._answer_s)
+                    elif type(message) is Refused:
+                        self._unanswered -= 1
                     self._receive(message)
             except (msgspec.MsgspecError, ValueError, TypeError, KeyError, EngineError) as error:
                 self._end(f"it sent what cannot be understood: {error!r}")
                 return
             if self._closed:
                 return
+            if self._gathering is not None:
+                self._send_gathered()
 
     def _send_released(self) -> None:
         self._releasing = False  # before they are taken: what comes from now on is sent next time
