@@ -19,6 +19,7 @@ import psutil
 from tests.attacks.null_server import NullBundle, write_null
 
 _PORT = re.compile(r"listening on 127\.0\.0\.1 port (\d+)")
+_GRPC_PORT = re.compile(r"gRPC on port (\d+)")
 _Value = TypeVar("_Value")
 
 
@@ -29,6 +30,10 @@ class Attacked:
         folder: for the models' folders and the log.
         models: by name.
         words: further words of :mod:`tests.attacks.null_server`.
+
+    Attributes:
+        port: for HTTP.
+        grpc_port: for gRPC; 0 without it.
     """
 
     def __init__(self, folder: Path, models: dict[str, NullBundle], words: tuple[str, ...]) -> None:
@@ -41,7 +46,7 @@ class Attacked:
                 command, stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                 cwd=Path(__file__).parents[2],
             )  # fmt: skip
-        self.port = 0
+        self.port = self.grpc_port = 0
 
     @property
     def output(self) -> str:
@@ -58,6 +63,8 @@ class Attacked:
             found = _PORT.search(self.output)
             if found and "\nready" in self.output:
                 self.port = int(found[1])
+                grpc = _GRPC_PORT.search(self.output)
+                self.grpc_port = int(grpc[1]) if grpc else 0
                 return
             time.sleep(0.05)
         raise RuntimeError(f"the server ended, or was not ready within {limit_s} s:\n{self.output}")

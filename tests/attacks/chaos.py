@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import http.client
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -27,10 +29,14 @@ from tests.attacks.attacked import Attacked, attacked
 from tests.attacks.loops import run
 from tests.attacks.null_server import NullBundle, write_null
 from tests.attacks.open_load import OpenLoad, Sample, outcomes, percentile
-from tests.attacks.wire import HANG, KILL, AnswerReader, poisoned
+from tests.attacks.wire import HANG, KILL, WIDTH, AnswerReader, poisoned
 
 MODEL = "tag"
 _CALL_S = 300.0
+_SHARED = Path("/dev/shm")
+_IN_SMALL = "unshare -Urm sh -c 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec python -m tests.attacks.chaos ...'"
+_REGION_BYTES = 4096
+_PREFIX = f"onecard-chaos-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,33 @@ def load_killing(server: Attacked, setting: Setting) -> str:
 
 def fill_shared_memory(server: Attacked, setting: Setting) -> str:
     """``/dev/shm`` is full, or as full as the limit allows, while a model is loaded."""
-    with _filled(Path("/dev/shm"), setting.shared_bytes) as (taken, full):
+    with _filled(_SHARED, setting.shared_bytes) as (taken, full):
         status = _load(server.port)
         time.sleep(1.0)
     return f"{taken >> 20} MiB taken, {'all there was' if full else 'not all there was'}, load: status {status}"
+
+
+def exhaust_shared_memory(server: Attacked, setting: Setting) -> str:
+    """``/dev/shm`` is full to the last byte, while clients have tensors there, and a model is loaded."""
+    if fault := _too_large(setting.shared_bytes):
+        raise RuntimeError(fault)
+    with _shared_object("in"), _shared_object("out"):
+        before = {name: _register(server.port, name) for name in ("in", "out", "none")}
+        with _filled(_SHARED, setting.shared_bytes) as (_, full):
+            found = (
+                f"in {_infer_in(server.port, 'in', None)}, out {_infer_in(server.port, None, 'out')}, "
+                f"load: status {_load(server.port)}"
+            )
+        after = f"then in {_infer_in(server.port, 'in', None)}, out {_infer_in(server.port, None, 'out')}"
+        for name in ("in", "out"):
+            _post(server.port, f"/v2/systemsharedmemory/region/{name}/unregister", {})
+    return f"registered {before}; {'full' if full else 'not full'}: {found}; {after}"
+
+
+def _too_large(shared_bytes: int) -> str:
+    """Why ``/dev/shm`` cannot be filled within a limit; empty if it can."""
+    free = shutil.disk_usage(_SHARED).free
+    return f"{_SHARED} has {free} bytes, too many to fill; in a small one: {_IN_SMALL}" if free > shared_bytes else ""
 
 
 def terminate(server: Attacked, setting: Setting) -> str:
@@ -158,7 +187,7 @@ ACTIONS: dict[str, Action] = {
     action.__name__: action
     for action in (
         *(kill_engine, stop_engine, crash_engine, hang_engine, reload_model, load_broken, load_killing),
-        *(fill_shared_memory, terminate),
+        *(fill_shared_memory, exhaust_shared_memory, terminate),
     )
 }
 
@@ -183,12 +212,49 @@ def _send_poison(port: int, poison: float) -> int:
 
 
 def _load(port: int) -> int:
+    return _post(port, f"/v2/repository/models/{MODEL}/load", {})[0]
+
+
+def _post(port: int, path: str, body: dict[str, object]) -> tuple[int, str]:
+    """The status and the error, or what came instead."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_CALL_S)
     with contextlib.closing(connection):
-        connection.request("POST", f"/v2/repository/models/{MODEL}/load", b"{}")
+        connection.request("POST", path, json.dumps(body).encode())
         response = connection.getresponse()
-        response.read()
-        return response.status
+        text = response.read().decode("utf-8", "replace")
+        return response.status, text
+
+
+@contextlib.contextmanager
+def _shared_object(name: str) -> Iterator[None]:
+    """A client's shared-memory object, of which no page is there yet."""
+    path = _SHARED / f"{_PREFIX}-{name}"
+    path.touch()
+    os.truncate(path, _REGION_BYTES)
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def _register(port: int, name: str) -> int:
+    body: dict[str, object] = {"key": f"/{_PREFIX}-{name}", "offset": 0, "byte_size": _REGION_BYTES}
+    return _post(port, f"/v2/systemsharedmemory/region/{name}/register", body)[0]
+
+
+def _infer_in(port: int, given: str | None, wanted: str | None) -> str:
+    """The status of a request of one row with its input, or its output, in shared memory, and why it is that."""
+    size = {"shared_memory_byte_size": 4 * WIDTH}
+    tensor: dict[str, object] = {"name": "x", "datatype": "FP32", "shape": [1, WIDTH]}
+    if given is None:
+        tensor["data"] = [1.0] * WIDTH
+    else:
+        tensor["parameters"] = {"shared_memory_region": given, **size}
+    body: dict[str, object] = {"inputs": [tensor]}
+    if wanted is not None:
+        body["outputs"] = [{"name": "x_out", "parameters": {"shared_memory_region": wanted, **size}}]
+    status, text = _post(port, f"/v2/models/{MODEL}/infer", body)
+    return f"{status} ({os.strerror(errno.ENOSPC)})" if os.strerror(errno.ENOSPC) in text else str(status)
 
 
 def _load_with_fault(server: Attacked, fault: str) -> str:
@@ -204,13 +270,14 @@ def _load_with_fault(server: Attacked, fault: str) -> str:
 @contextlib.contextmanager
 def _filled(folder: Path, limit_bytes: int) -> Iterator[tuple[int, bool]]:
     """Take space in a file system: how much, and whether that was all."""
-    free = shutil.disk_usage(folder).free
-    taken = min(free, limit_bytes)
     path = folder / f"onecard-attack-{os.getpid()}"
     try:
         with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(taken, 1))
-            yield taken, taken == free
+            taken = 0
+            while (more := min(shutil.disk_usage(folder).free, limit_bytes - taken)) > 0:
+                os.posix_fallocate(file.fileno(), taken, more)
+                taken += more
+            yield taken, shutil.disk_usage(folder).free == 0
     finally:
         path.unlink()
 
@@ -218,7 +285,7 @@ def _filled(folder: Path, limit_bytes: int) -> Iterator[tuple[int, bool]]:
 def harm(action: Action, setting: Setting, models: NullBundle | None = None) -> Damage:
     """Do an action to a server of its own, under load."""
     bundle = models or NullBundle(delay_ms=setting.delay_ms)
-    with attacked({MODEL: bundle}) as server:
+    with attacked({MODEL: bundle}, "--shared-memory-prefix", _PREFIX) as server:
         load = OpenLoad(server.port, setting.rate_s, most=3000)
         processes = server.processes()
         blows = run(_strike_under_load(server, load, action, setting))
@@ -289,7 +356,13 @@ def main() -> int:
     words.add_argument("--shared-bytes", type=int, default=1 << 30)
     given = words.parse_args()
     bad = 0
+    fault = _too_large(given.shared_bytes)
+    if fault and given.action == exhaust_shared_memory.__name__:
+        words.error(fault)
     for name in ACTIONS if given.action == "all" else [given.action]:
+        if fault and name == exhaust_shared_memory.__name__:
+            print(f"== {name}: left out, for {fault}")
+            continue
         times = 1 if name == "terminate" else given.times
         setting = Setting(times, given.every, given.rate, given.recover, shared_bytes=given.shared_bytes)
         damage = harm(ACTIONS[name], setting)

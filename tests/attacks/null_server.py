@@ -120,6 +120,9 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__)
     words.add_argument("bundles", nargs="*", metavar="NAME=FOLDER")
     words.add_argument("--http-port", type=int, default=0)
+    words.add_argument("--grpc-port", type=int, help="0 for one that is free; without it there is no gRPC")
+    words.add_argument("--shared-memory-prefix", help="of the system's shared memory that clients may register")
+    words.add_argument("--workers", type=int, default=1, help="processes with sockets")
     words.add_argument("--quick", action="store_true", help="short times for clients that are slow or silent")
     words.add_argument("--queue-items", type=int, default=10_000)
     words.add_argument("--max-waiting", type=int, default=10_000, help="requests, while there is no engine")
@@ -145,9 +148,12 @@ def serve(given: Any) -> None:
     """Run a server until SIGTERM, whose engine process is this same program."""
     from onecard.server.engine_client import ClientOptions
     from onecard.server.engine_guard import GuardOptions
+    from onecard.server.grpc_limits import GrpcListen
     from onecard.server.http_server import Listen
     from onecard.server.repository import Source, read_names
     from onecard.server.serve import ServeOptions, run_server
+    from onecard.server.worker_keeper import KeeperOptions
+    from onecard.server.workers import WorkersOptions
 
     model = ModelOptions(policy={"queue_items": given.queue_items})
     options = ServeOptions(
@@ -157,7 +163,10 @@ def serve(given: Any) -> None:
         client=ClientOptions(max_waiting=given.max_waiting),
         guard=GuardOptions(hang_s=given.hang_s, hang_batch_s=given.hang_s),
         engine=(sys.executable, "-W", "ignore", "-m", "tests.attacks.null_server"),
+        shared_memory=given.shared_memory_prefix,
+        grpc=None if given.grpc_port is None else GrpcListen(port=given.grpc_port),
         drain_s=given.drain_s,
+        workers=WorkersOptions(given.workers, keeper=KeeperOptions(hang_s=given.hang_s)),
     )
     run_server(options, _Announcer())
 
@@ -167,6 +176,9 @@ class _Announcer:
 
     def listening(self, server: Any) -> None:
         print(f"listening on 127.0.0.1 port {server.port}", file=sys.stderr, flush=True)
+
+    def listening_grpc(self, port: int) -> None:
+        print(f"gRPC on port {port}", file=sys.stderr, flush=True)
 
     def ready(self, serving: Any) -> None:
         print("ready", file=sys.stderr, flush=True)

@@ -10,15 +10,19 @@ import argparse
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
+import http.client
 import multiprocessing
 import random
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
-from tests.attacks.attacked import attacked
+from tests.attacks.attacked import Attacked, attacked
+from tests.attacks.chaos import Action, Setting, kill_engine, reload_model
 from tests.attacks.loops import run
 from tests.attacks.null_server import NullBundle
 from tests.attacks.wire import (
@@ -215,6 +219,45 @@ def send_all(whole: Share, processes: int) -> Counts:
     return counts
 
 
+@contextlib.contextmanager
+def harming(server: Attacked, kill_every_s: float, reload_every_s: float) -> Iterator[collections.Counter[str]]:
+    """Kill the engine and load the model again, time after time, while the ``with`` block runs.
+
+    Args:
+        server: attacked.
+        kill_every_s: from an engine that answers to its end; 0 for never.
+        reload_every_s: from one load to the next; 0 for never.
+
+    Yields:
+        What was done, and what came of it.
+    """
+    done: collections.Counter[str] = collections.Counter()
+    over = threading.Event()
+
+    def repeat(action: Action, every_s: float) -> None:
+        while not over.wait(every_s):
+            if action is not kill_engine or _is_ready(server.port):  # or there would never be one
+                done[f"{action.__name__}: {action(server, Setting()).partition(' to ')[0]}"] += 1
+
+    harms = ((kill_engine, kill_every_s), (reload_model, reload_every_s))
+    threads = [threading.Thread(target=repeat, args=harm) for harm in harms if harm[1]]
+    for thread in threads:
+        thread.start()
+    try:
+        yield done
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def _is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == http.HTTPStatus.OK
+
+
 def main() -> int:
     """Attack a server of its own, and print the counts."""
     words = argparse.ArgumentParser(description=__doc__)
@@ -223,6 +266,8 @@ def main() -> int:
     words.add_argument("--processes", type=int, default=2)
     words.add_argument("--cancelled", type=float, default=0.02)
     words.add_argument("--delay-ms", type=float, default=0.0)
+    words.add_argument("--kill-every", type=float, default=60.0, metavar="SECONDS", help="the engine; 0 for never")
+    words.add_argument("--reload-every", type=float, default=20.0, metavar="SECONDS", help="the model; 0 for never")
     words.add_argument("--seed", type=int, default=1)
     given = words.parse_args()
     if given.requests > MOST_TAGS:
@@ -230,11 +275,13 @@ def main() -> int:
     with attacked({"tag": NullBundle(delay_ms=given.delay_ms)}) as server:
         began = time.monotonic()
         share = Share(server.port, 0, given.requests, given.clients, given.cancelled, given.seed)
-        counts = send_all(share, given.processes)
+        with harming(server, given.kill_every, given.reload_every) as done:
+            counts = send_all(share, given.processes)
         alive = server.process.poll() is None
     print(f"{given.requests} requests in {time.monotonic() - began:.0f} s: {counts.right} right, {counts.wrong} wrong, "
           f"{counts.cancelled} cancelled, refused {dict(counts.refused)}, {counts.lost} lost; "
           f"the server {'lives' if alive else 'is dead'}")  # fmt: skip
+    print(f"meanwhile {dict(done) or 'nothing else'}")
     for fault in counts.faults:
         print("FAULT", fault)
     return 0 if alive and not (counts.wrong or counts.lost or counts.refused) else 1

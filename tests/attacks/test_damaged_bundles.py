@@ -16,14 +16,17 @@ from onecard.bundle.open import OnecardWarning
 from onecard.errors import BundleError, NoVariantError
 from onecard.search.job import EffortSpec
 from tests.conftest import INPUT, MODEL_FILE
+from tests.services.running_server import golden_of_here
 
-RECIPES = ("torchscript.trace", "onnxruntime.cpu")
+RECIPES = ("torchscript.trace",)
 DAMAGES = ("flip", "truncate", "remove")
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle with two engines and the original."""
+@pytest.fixture(scope="module", params=["golden", "fresh"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle: an old one with ONNX Runtime's files, or a new one with TorchScript's; both have the original."""
+    if request.param == "golden":
+        return golden_of_here()
     folder = tmp_path_factory.mktemp("bundle")
     (folder / "zoo.py").write_text(MODEL_FILE)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A server that is sent twenty thousand requests, most of them damaged, over many connections at once."""
+"""A server that is sent twelve thousand requests, most of them damaged, over many connections at once."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.timeout(180)
 def test_a_fuzzed_server_stays_what_it_was(tmp_path):
     with attacked({"tag": NullBundle(), "mixed": NullBundle(MIXED)}, "--quick") as server:
         fuzzer = Fuzzer(server.port, 3, tmp_path)
-        before, after = fuzz(server, fuzzer, requests=20_000, warm_up=5_000)
+        before, after = fuzz(server, fuzzer, requests=12_000, warm_up=3_000)
         found = fuzzer.findings
         assert not found.faults, "\n".join(found.faults)
-        assert found.requests >= 20_000
-        assert found.good >= 18
-        assert found.statuses[200] > 5_000 and found.statuses[400] > 3_000
+        assert found.requests >= 12_000
+        assert found.good >= 11
+        assert found.statuses[200] > 3_000 and found.statuses[400] > 1_800
         assert set(found.kinds) == {
             *("bytes", "json", "doubtful", "unusual", "compressed", "pipelined", "slow", "half", "left"),
         }

@@ -8,109 +8,153 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import INPUT
+from tests.conftest import INPUT, MODEL_FILE
 
-RECIPES = ("onnxruntime.cpu", "torchscript.trace", "eager+fold_bn")
-
-
-def _command(model_file: Path, out: Path) -> list[str]:
-    recipes = [part for r in RECIPES for part in ("--recipe", r)]
-    # As a terminal would start it: where this test itself runs in the background, Ctrl-C may be ignored.
-    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    onecard = [sys.executable, "-c", f"{listen}; from onecard.cli import main; main()"]
-    return [*onecard, "optimize", f"{model_file}:small", "--input", INPUT, "--device", "cpu", *recipes, "-o", str(out)]
+AT_ONCE = 2
+RECIPES = ("torchscript.trace", "eager+fold_bn")
 
 
-def _start(model_file: Path, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(_command(model_file, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+@dataclass(frozen=True)
+class Place:
+    """Where a search is interrupted: a folder of its own, with its model and its cache."""
+
+    folder: Path
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "small.onecard"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "ONECARD_CACHE": str(self.cache)}
+
+    def command(self) -> list[str]:
+        recipes = [part for r in RECIPES for part in ("--recipe", r)]
+        # As a terminal would start it: where this test itself runs in the background, Ctrl-C may be ignored.
+        listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        onecard = [sys.executable, "-c", f"{listen}; from onecard.cli import main; main()"]
+        words = ["--input", INPUT, "--batch", "2", "--device", "cpu", *recipes, "-o", str(self.out)]
+        return [*onecard, "optimize", f"{self.folder / 'zoo.py'}:small", *words]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(self.command(), env=self.environment, **output)
+
+    def results(self) -> dict[str, float]:
+        found = self.cache.glob("searches/*/candidates/*/result.json")
+        return {path.parent.name: path.stat().st_mtime for path in found}
+
+    def wait_for_results(self, count: int, process: subprocess.Popen[bytes], limit_s: float = 120) -> None:
+        end = time.monotonic() + limit_s
+        while len(self.results()) < count:
+            assert process.poll() is None, "the search ended before it could be interrupted"
+            assert time.monotonic() < end, "the search made no progress"
+            time.sleep(0.1)
+
+    def workers(self) -> list[psutil.Process]:
+        found = [p for p in psutil.process_iter(["cmdline"]) if "onecard.search.worker" in (p.info["cmdline"] or [])]
+        return [p for p in found if str(self.cache) in " ".join(p.info["cmdline"])]
+
+    def leftovers(self) -> list[str]:
+        return sorted(p.name for p in self.folder.iterdir() if p.name.startswith("."))
 
 
-def _results(cache: Path) -> dict[str, float]:
-    return {p.parent.name: p.stat().st_mtime for p in cache.glob("searches/*/candidates/*/result.json")}
-
-
-def _wait_for_results(cache: Path, count: int, process: subprocess.Popen[bytes], limit_s: float = 120) -> None:
-    end = time.monotonic() + limit_s
-    while len(_results(cache)) < count:
-        assert process.poll() is None, "the search ended before it could be interrupted"
-        assert time.monotonic() < end, "the search made no progress"
-        time.sleep(0.1)
-
-
-def _workers() -> list[psutil.Process]:
-    mine = psutil.Process().children(recursive=True)
-    orphans = [p for p in psutil.process_iter(["cmdline"]) if "onecard.search.worker" in (p.info["cmdline"] or [])]
-    return [*mine, *orphans]
-
-
-def _leftovers(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
-
-
-@pytest.mark.timeout(400)
-def test_after_kill_9_the_same_command_goes_on(cache: Path, model_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "small.onecard"
-    first = subprocess.Popen(_command(model_file, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _wait_for_results(cache, 2, first)
+def after_kill_9_the_same_command_goes_on(place: Place) -> None:
+    first = subprocess.Popen(
+        place.command(), env=place.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    place.wait_for_results(2, first)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    done = _results(cache)
-    assert not out.exists()
+    done = place.results()
+    assert not place.out.exists()
     time.sleep(1.0)
-    assert not [p for p in _workers() if str(cache) in " ".join(p.cmdline())], "a worker outlived the search"
+    assert not place.workers(), "a worker outlived the search"
 
-    subprocess.run(_command(model_file, out), check=True, capture_output=True, timeout=300)
-    after = _results(cache)
+    subprocess.run(place.command(), env=place.environment, check=True, capture_output=True, timeout=300)
+    after = place.results()
     assert set(after) == {"eager", *RECIPES}
     assert {name: after[name] for name in done} == done, "a finished candidate was run again"
-    evidence = json.loads((out / "evidence.json").read_text())
+    evidence = json.loads((place.out / "evidence.json").read_text())
     assert {c["verdict"]["reason"] for c in evidence["candidates"]} <= {"ok", "slower"}
-    assert _leftovers(tmp_path) == []
+    assert place.leftovers() == []
 
 
-@pytest.mark.timeout(400)
-def test_ctrl_c_once_writes_a_bundle_of_what_is_done(cache: Path, model_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "small.onecard"
-    process = _start(model_file, out)
-    _wait_for_results(cache, 2, process)
+def ctrl_c_once_writes_a_bundle_of_what_is_done(place: Place) -> None:
+    process = place.start()
+    place.wait_for_results(2, process)
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=200)[0].decode()
     assert process.returncode == 0, text
-    evidence = json.loads((out / "evidence.json").read_text())
+    evidence = json.loads((place.out / "evidence.json").read_text())
     reasons = [c["verdict"]["reason"] for c in evidence["candidates"]]
     assert "skipped" in reasons and "ok" in reasons
     assert "interrupted" in text
 
 
-@pytest.mark.timeout(300)
-def test_ctrl_c_twice_ends_with_one_message_and_writes_nothing(cache: Path, model_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "small.onecard"
-    process = _start(model_file, out)
-    _wait_for_results(cache, 2, process)
+def ctrl_c_twice_ends_with_one_message_and_writes_nothing(place: Place) -> None:
+    process = place.start()
+    place.wait_for_results(2, process)
     process.send_signal(signal.SIGINT)
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 130, text
     assert text.count("error:") == 1 and "Traceback" not in text
-    assert not out.exists()
-    assert _leftovers(tmp_path) == []
+    assert not place.out.exists()
+    assert place.leftovers() == []
 
 
-@pytest.mark.timeout(120)
-def test_ctrl_c_before_anything_is_ready(cache: Path, model_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "small.onecard"
-    process = _start(model_file, out)
+def ctrl_c_before_anything_is_ready(place: Place) -> None:
+    process = place.start()
     end = time.monotonic() + 60
-    while not list(cache.glob("searches/*/job.json")) and time.monotonic() < end:
+    while not list(place.cache.glob("searches/*/job.json")) and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 130, text
     assert text.count("error:") == 1 and "Traceback" not in text
-    assert not out.exists() and os.listdir(tmp_path)
+    assert not place.out.exists() and os.listdir(place.folder)
+
+
+INTERRUPTIONS = (
+    after_kill_9_the_same_command_goes_on,
+    ctrl_c_once_writes_a_bundle_of_what_is_done,
+    ctrl_c_twice_ends_with_one_message_and_writes_nothing,
+    ctrl_c_before_anything_is_ready,
+)
+
+
+@pytest.fixture(scope="module")
+def begun(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
+    """The interruptions that were chosen, two side by side; each says in its own words what was wrong."""
+    chosen = [item.callspec.params.get("what") for item in request.session.items if hasattr(item, "callspec")]
+    futures: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for what in INTERRUPTIONS:
+            if what.__name__ in chosen:
+                place = Place(tmp_path_factory.mktemp("interrupted"))
+                (place.folder / "zoo.py").write_text(MODEL_FILE)
+                futures[what.__name__] = pool.submit(what, place)
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("what", [what.__name__ for what in INTERRUPTIONS])
+def test_a_search_that_is_interrupted(begun, what):
+    begun[what].result()

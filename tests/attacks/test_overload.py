@@ -16,7 +16,7 @@ COLLAPSED = 0.6
 
 
 def test_goodput_stays_and_refusals_are_honest():
-    setting = Setting(seconds=8, peak_seconds=3, delay_ms=20)
+    setting = Setting(seconds=5, peak_seconds=2, delay_ms=20)
     with attacked({"tag": setting.bundle}) as server:
         found = overload(server, setting)
         assert server.process.poll() is None
