@@ -20,6 +20,7 @@ _CODES = {
     501: "UNIMPLEMENTED",
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
+    507: "RESOURCE_EXHAUSTED",
 }
 _MOST_DETAIL_CHARS = 2048  # it travels in the trailers, which clients bound to 8 or 16 KiB
 _PUSHBACK = "grpc-retry-pushback-ms"
