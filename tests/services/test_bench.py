@@ -74,7 +74,7 @@ def test_random_arrivals(places, kind, tmp_path):
 def test_the_other_scenarios(places, words):
     code, out, error = bench(places["http"], "--duration", "1s", "--warm-up", "0", "--rows", 2, *words)
     assert code == 0, error
-    assert re.search(r"answered\s+│\s+\d+ \(100 %\)", out), out
+    assert re.search(r"answered\s+│\s+[\d,]+ \(100 %\)", out), out
     assert ("for comparison only" in out) == ("--closed-loop" in words)
 
 

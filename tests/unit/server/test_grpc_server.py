@@ -141,7 +141,7 @@ def test_a_hundred_thousand_bytes_both_ways_and_compressed():
         (HttpError(503, "no", [(b"Retry-After", b"2")]), "UNAVAILABLE"),
         (DeadlineError("no"), "DEADLINE_EXCEEDED"),
         (EngineError("no"), "INTERNAL"),
-        (HttpError(507, "no"), "INTERNAL"),
+        (HttpError(507, "no"), "RESOURCE_EXHAUSTED"),
     ],
 )
 def test_errors_have_their_status(triton, face, error, code):
