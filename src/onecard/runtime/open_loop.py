@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 import threading
 import time
 from bisect import bisect_right
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from onecard.arrivals import poisson_times
 from onecard.errors import EngineError
 from onecard.evidence import quantile
 from onecard.models.wording import first_line
@@ -83,13 +83,7 @@ class LoadResult(NamedTuple):
 
 def arrivals(load: Load) -> list[float]:
     """When each request is due, in seconds from the start: a Poisson process."""
-    chance = random.Random(load.seed)
-    due, per_s = 0.0, load.rows_per_s / load.rows
-    times = []
-    for _ in range(load.requests):
-        due += chance.expovariate(per_s)
-        times.append(due)
-    return times
+    return poisson_times(load.rows_per_s / load.rows, load.requests, load.seed)
 
 
 def allowed_late(requests: int) -> int:
