@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Callable, Iterable
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from onecard.errors import StorageError
 from onecard.evidence import Evidence
@@ -17,6 +13,7 @@ from onecard.report import compression, figures, plots, steps, tuning
 from onecard.report import format as fmt
 from onecard.report.about import card_table, environment_table, how_to_load, search_table
 from onecard.report.advice import advice
+from onecard.report.frame import framed, part
 from onecard.report.table import bucket_class, candidates_table, code
 from onecard.spec import Bucket
 from onecard.tuning import Tuning
@@ -48,25 +45,9 @@ def write_report(evidence: Evidence, path: Path, tuned: Tuning | None = None) ->
 
 def render(evidence: Evidence, bundle: str = "", tuned: Tuning | None = None) -> str:
     """The page as text; ``bundle`` is the folder's name for the lines that load it, ``tuned`` what tuning found."""
-    style = _part("page.css") + _picker_style(len(figures.buckets(evidence)))
-    script = _part("page.js")
-    return Template(_part("page.html")).substitute(
-        title=escape(f"onecard: {fmt.clean(evidence.model)}"),
-        style=style,
-        style_hash=_digest(style),
-        script=script,
-        script_hash=_digest(script),
-        body=_body(evidence, tuned, bundle if _BUNDLE.fullmatch(bundle) else "model.onecard"),
-    )
-
-
-def _part(name: str) -> str:
-    return resources.files("onecard.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _digest(text: str) -> str:
-    """What the content security policy allows: this very style and script, and no other."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    body = _body(evidence, tuned, bundle if _BUNDLE.fullmatch(bundle) else "model.onecard")
+    style = _picker_style(len(figures.buckets(evidence)))
+    return framed(f"onecard: {fmt.clean(evidence.model)}", body, style, part("page.js"))
 
 
 def _body(evidence: Evidence, tuned: Tuning | None, bundle: str) -> str:
