@@ -245,7 +245,7 @@ class Engine:
             A future; ``cancel()`` takes the request out of the queue while it waits.
         """
         answer = Answer()
-        work = self._take_in(inputs, answer, timeout_s, priority, client)
+        work = self.prepare(inputs, answer, timeout_s=timeout_s, priority=priority, client=client)
         answer.on_cancel = functools.partial(self._dispatch.cancel, work)
         try:
             self._dispatch.put(work)
@@ -276,7 +276,10 @@ class Engine:
         Raises:
             SpecError: an input that does not fit.
         """
-        return self._take_in(inputs, receiver, timeout_s, priority, client)
+        now = time.monotonic()
+        arrays, rows, lengths, nbytes, numpy = self._intake.take(inputs)
+        deadline = now + (self.options.timeout_s if timeout_s is None else timeout_s)
+        return Work(rows, lengths, nbytes, now, deadline, priority, client, Request(arrays, receiver, numpy))
 
     def run(self, works: Sequence[Work]) -> None:
         """Hand in what was prepared; those over in no time are run by the calling thread.
@@ -297,14 +300,6 @@ class Engine:
     def cancel(self, work: Work) -> None:
         """Take a request that was prepared out of the queue, if it waits there, or see that it never does."""
         self._dispatch.cancel(work)
-
-    def _take_in(
-        self, inputs: Mapping[str, Any], receiver: Receiver, timeout_s: float | None, priority: int, client: str
-    ) -> Work:
-        now = time.monotonic()
-        arrays, rows, lengths, nbytes, numpy = self._intake.take(inputs)
-        deadline = now + (self.options.timeout_s if timeout_s is None else timeout_s)
-        return Work(rows, lengths, nbytes, now, deadline, priority, client, Request(arrays, receiver, numpy))
 
     async def infer_async(
         self, inputs: Mapping[str, Any], *, timeout_s: float | None = None, priority: int = 0, client: str = ""
