@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import math
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +24,7 @@ from onecard.runtime.cost import Costs
 from onecard.runtime.dispatch import Dispatch, fail
 from onecard.runtime.future import Answer, Receiver
 from onecard.runtime.ingest import Ingest, check_ingests
+from onecard.runtime.interpreter import interpreter
 from onecard.runtime.lane import Lane, OnBatch
 from onecard.runtime.limits import BatchPolicy
 from onecard.runtime.loops import deliver_to_loop
@@ -40,7 +38,6 @@ from onecard.runtime.work import Work
 from onecard.spec import Bucket, Spec
 
 _DRAIN_S = 30.0
-_SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -71,43 +68,6 @@ class EngineOptions:
             raise UsageError(f"depth is {self.depth} and lanes is {self.lanes}, but both must be 1 or more.")
         if not self.timeout_s > 0:
             raise UsageError(f"timeout_s is {self.timeout_s}, but must be above 0.")
-
-
-class _Interpreter:
-    """Python's own pauses, made shorter while an engine is open.
-
-    A thread that computes in Python lets go of the interpreter after 0.5 ms, not 5: an engine's threads let go of it
-    in every call into PyTorch, and beside a busy caller wait so long to have it back. And what was imported and
-    loaded until now is no longer looked through by the garbage collector, which takes 100 ms and more beside PyTorch.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._engines = 0
-        self._before = 0.0
-        self._frozen = False
-
-    def share(self) -> None:
-        with self._lock:
-            self._engines += 1
-            if self._engines == 1:
-                self._before = sys.getswitchinterval()
-                sys.setswitchinterval(min(self._before, _SWITCH_S))
-                self._frozen = not gc.get_freeze_count()  # else the program froze it itself, for a fork mostly
-                if self._frozen:
-                    gc.collect()
-                    gc.freeze()
-
-    def unshare(self) -> None:
-        with self._lock:
-            self._engines -= 1
-            if self._engines == 0:
-                sys.setswitchinterval(self._before)
-                if self._frozen:
-                    gc.unfreeze()
-
-
-_interpreter = _Interpreter()
 
 
 class Engine:
@@ -153,7 +113,7 @@ class Engine:
             for lane in self._lanes:
                 lane.stage.close()
             raise
-        _interpreter.share()
+        interpreter.share()
         self._alone = self._lanes[0] if len(self._lanes) == 1 and self._lanes[0].stage.synchronous else None
         for lane in self._lanes:
             lane.start()
@@ -395,7 +355,7 @@ class Engine:
                 lane.join()
         for lane in self._lanes:
             lane.close()
-        _interpreter.unshare()
+        interpreter.unshare()
 
     def __enter__(self) -> Engine:
         return self
