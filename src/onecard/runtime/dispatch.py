@@ -70,7 +70,7 @@ class Dispatch:
     # for callers
 
     def put(self, work: Work) -> None:
-        """Queue a request; :meth:`wake` or :meth:`lend` is to follow.
+        """Queue a request, and have the lanes look at it.
 
         Raises:
             QueueFullError: too much is waiting.
@@ -82,11 +82,12 @@ class Dispatch:
             if self._closing or self._broken is not None:
                 raise self._broken or EngineClosedError("this engine is closed.", "Open it again.")
             self._batcher.put(work, work.arrived)
+            self._wake.notify(len(self._lanes))  # one alone might be a lane that is busy, and would sleep on
 
     def wake(self) -> None:
-        """Have the lanes look at what was queued."""
+        """Have the lanes look at what :meth:`put_all` queued."""
         with self._wake:
-            self._wake.notify(len(self._lanes))  # one alone might be a lane that is busy, and would sleep on
+            self._wake.notify(len(self._lanes))
 
     def cancel(self, work: Work) -> None:
         """Take a request out of the queue."""

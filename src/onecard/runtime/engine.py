@@ -212,7 +212,6 @@ class Engine:
         except BaseException:
             answer.on_cancel = None
             raise
-        self._dispatch.wake()
         return answer
 
     def prepare(
