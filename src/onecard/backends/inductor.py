@@ -30,6 +30,7 @@ from torch import Tensor, fx
 
 from onecard.backends.base import Runner, Target, Tensors
 from onecard.backends.export import export_program, quiet_export
+from onecard.backends.layout import lay_out_products
 from onecard.backends.packing import Constant, Packings, load_constant
 from onecard.backends.tensors import TensorStore
 from onecard.errors import Unsupported
@@ -163,7 +164,7 @@ def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured
         graphs.append((gm, compiled, compiled.current_callable))
         return compiled
 
-    gm = program.module()
+    gm = lay_out_products(program.module())
     example = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     options = {"freezing": True, "fx_graph_cache": False, "triton.cudagraphs": False, "graph_partition": False}
     with (

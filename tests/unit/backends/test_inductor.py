@@ -139,6 +139,32 @@ def test_buckets_share_their_weights(static):
     assert both < 1.5 * one
 
 
+class Attention(nn.Module):
+    """Torch's own, which multiplies its weights with transposed rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        normal = self.norm(rows)
+        return rows + self.attention(normal, normal, normal, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("bucket", [{"B": 4}, None], ids=["static", "dynamic"])
+def test_weights_are_kept_once_however_the_rows_lie(bucket, tmp_path):
+    torch.manual_seed(0)
+    module = FlatModule(Attention(), positional(("rows",))).eval().requires_grad_(False)
+    spec = parse_spec(["rows: float32[B,40,64], B=1..4"])
+    spec = msgspec.structs.replace(spec, outputs=(TensorSpec("output", "float32", ("B", 40, 64)),))
+    built = build_all(module, spec, tmp_path, [bucket], B=4)
+    weights = sum(p.nbytes for p in module.parameters())
+    assert weights < sum(p.stat().st_size for p in tmp_path.rglob("*.safetensors")) < 1.5 * weights
+    sizes = [{"B": 4}] if bucket else [{"B": 1}, {"B": 3}, {"B": 4}]
+    assert_right(module, built.targets["part0"], tmp_path / "part0", sizes)
+
+
 def test_answers_are_the_callers_own(static):
     assert_right(static.module, static.targets["part0"], static.folder / "part0", [{"B": 4}])
 
