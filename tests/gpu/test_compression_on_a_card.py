@@ -164,7 +164,8 @@ def test_sparse24_wants_half_precision_on_a_card() -> None:
 def test_the_products_on_the_card_are_those_on_the_cpu() -> None:
     """The CPU runs the same operators, which is what the unit tests rely on."""
     images = make_images(4)
-    for name in ("fp8", "fp8_tensor", "int8_dynamic"):
+    newer = torch.torch_version.TorchVersion(torch.__version__) >= (2, 12)  # before, the CPU scaled no rows
+    for name in ("fp8_tensor", "int8_dynamic", *(["fp8"] if newer else [])):
         module = compress(name, "bf16", make_bench())
         on_card = module(images)[0].cpu()
         on_cpu = module.cpu()(images.cpu())[0]
