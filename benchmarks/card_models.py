@@ -40,7 +40,7 @@ BERT = {
 MODELS = {
     "resnet50": ("torchvision:resnet50", 224),
     "mobilenet_v3_small": (f"{Path(__file__).with_name('random_models.py')}:mobilenet_v3_small", 224),
-    "vit_b_16": ("torchvision:vit_b_16", 224),
+    "vit_b_16": (f"{Path(__file__).with_name('random_models.py')}:vit_b_16", 224),
     "deeplabv3_resnet50": ("torchvision:deeplabv3_resnet50", 512),
     "bert_base_qa": ("hf", 384),
 }

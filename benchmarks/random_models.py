@@ -20,6 +20,16 @@ def mobilenet_v3_small() -> nn.Module:
     return _with_measured_norms(make)
 
 
+def vit_b_16() -> nn.Module:
+    """Torchvision's ViT-B/16; its own initialisation has a head of zeros, so every answer would be zero."""
+    from torchvision.models import vit_b_16 as make
+
+    torch.manual_seed(0)
+    model: nn.Module = make(weights=None)
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model.eval()
+
+
 def small_cnn() -> nn.Module:
     """One convolution, to try a benchmark on a CPU."""
     return nn.Sequential(
@@ -40,3 +50,8 @@ def _with_measured_norms(make) -> nn.Module:
                 part.eval()
         model(torch.randn(_PICTURES, 3, _SIDE, _SIDE))
     return model.eval()
+
+
+def pictures() -> tuple[dict[str, torch.Tensor], None]:
+    """Data for LoadGen without labels: 64 random pictures, float32 [64,3,224,224]."""
+    return {"image": torch.randn(64, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0))}, None
