@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 
 from onecard.evidence import Verdict
+from onecard.host import cache_folder
+from onecard.search import bytecode
 
 _POLL_S = 0.1
 PARENT = "ONECARD_WORKER_PARENT"
@@ -62,7 +64,9 @@ class Task:
             added["TORCHINDUCTOR_COMPILE_THREADS"] = str(self.threads)
         if self.on_call:
             added[ON_CALL] = "1"
-        return {**os.environ, **added}
+        return bytecode.keeping_bytecode(
+            {**os.environ, **added}, bytecode.torch_source(), cache_folder() / bytecode.FOLDER
+        )
 
 
 @dataclass
