@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from onecard.errors import DataError, EngineError, UsageError
 from onecard.runtime.engine import Engine
@@ -75,6 +76,7 @@ class SystemUnderTest:
         self.issued = 0
         self.answered = 0
         self._engine = engine
+        self._rows = rows.inputs
         self._inputs = _sendable(rows)
         self._complete = complete
         self._fail = fail
@@ -128,11 +130,12 @@ class SystemUnderTest:
         answer.add_done_callback(functools.partial(self._done, ids, room))
 
     def _take(self, indices: Sequence[int]) -> dict[str, Any]:
-        """The rows of some samples: one as a view, several collected."""
+        """The rows of some samples: one as a view, several collected by torch, which has several threads for it."""
         if len(indices) == 1:
             row = indices[0]
             return {name: array[row : row + 1] for name, array in self._inputs.items()}
-        return {name: array[list(indices)] for name, array in self._inputs.items()}
+        index = torch.tensor(list(indices))
+        return {name: tensor.index_select(0, index) for name, tensor in self._rows.items()}
 
     def _done(self, ids: Sequence[int], room: threading.Semaphore | None, answer: Any) -> None:
         """On a thread of the engine."""
