@@ -64,9 +64,8 @@ class Task:
             added["TORCHINDUCTOR_COMPILE_THREADS"] = str(self.threads)
         if self.on_call:
             added[ON_CALL] = "1"
-        return bytecode.keeping_bytecode(
-            {**os.environ, **added}, bytecode.torch_source(), cache_folder() / bytecode.FOLDER
-        )
+        folder = cache_folder() / bytecode.folder_name()
+        return bytecode.keeping_bytecode({**os.environ, **added}, bytecode.torch_source(), folder)
 
 
 @dataclass

@@ -45,7 +45,7 @@ from onecard.spec import Bucket
 from onecard.transforms import apply_transforms
 from onecard.transforms.precision import precision_scope
 from onecard.verify.cases import Case, make_cases
-from onecard.verify.compare import compare
+from onecard.verify.compare import rounding_error
 from onecard.verify.data import Dataset
 from onecard.verify.evaluate import answers_of, evaluate
 from onecard.verify.gate import Gate
@@ -327,9 +327,7 @@ def _fp64_error(
         exact = run(wide)
     except Exception:  # fp64 is a courtesy: mixed dtypes inside, or no kernel for it
         return None
-    return max(
-        (compare(name, single[name].double(), out, case.name).relative_l2 for name, out in exact.items()), default=None
-    )
+    return rounding_error(single, exact, case.name)
 
 
 def _guarded(work: Callable[[], Verdict]) -> Verdict:
