@@ -109,12 +109,13 @@ def table(evidence: Evidence) -> list[str]:
     labels = ["-".join(f"{k}{v}" for k, v in b.items()) or "fixed" for b in buckets]
     card = evidence.environment.card
     versions = evidence.environment.versions
+    own = evidence.reference_error
     lines = [
         f"## {evidence.model}",
         "",
         f"{card.name if card else evidence.environment.cpu}, driver {card.driver if card else '-'}, "
         f"torch {versions['torch']}, search {evidence.seconds:.0f} s, "
-        f"error of fp32 itself {evidence.reference_error or float('nan'):.1e}",
+        f"error of fp32 itself {'not defined' if own is None else format(own, '.1e')}",
         "",
         "| recipe | verdict | " + " | ".join(f"{x} ms" for x in labels) + " | rel. error | top-1 | peak MiB |",
         "|---|---|" + "---:|" * (len(labels) + 3),

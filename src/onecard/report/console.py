@@ -61,6 +61,7 @@ def print_table(evidence: Evidence, console: Console, bundle: Path | None = None
     _print_reasons([c for c in rows if c.verdict.reason != "ok"], console)
     _print_compression(evidence, console)
     _print_warnings(rows, console)
+    _print_notes(evidence, console)
     _print_advice(evidence, console)
     _print_outcome(evidence, console)
     if bundle is not None:
@@ -195,6 +196,12 @@ def _print_warnings(rows: Sequence[Candidate], console: Console) -> None:
     for candidate in rows:
         for warning in candidate.warnings:
             _say(console, f"Warning ({candidate.id}): {warning}", "yellow")
+
+
+def _print_notes(evidence: Evidence, console: Console) -> None:
+    """What the search had to say of the model and of itself."""
+    for note in evidence.notes:
+        _say(console, f"Note: {note}", "yellow")
 
 
 def _print_advice(evidence: Evidence, console: Console) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import torch
 from torch import Tensor
@@ -74,6 +76,22 @@ def compare(name: str, out: Tensor, ref: Tensor, case: str) -> OutputError:
             return OutputError(name, INCOMPARABLE, -1.0, INCOMPARABLE, None, case)
         a, b = a.masked_fill(special, 0.0), b.masked_fill(special, 0.0)
     return OutputError(name, _relative(a, b), _cosine(a, b), _max_abs(a, b), _top1(a, b), case)
+
+
+def rounding_error(single: Mapping[str, Tensor], exact: Mapping[str, Tensor], case: str) -> float | None:
+    """The error of answers in fp32 against those in fp64.
+
+    Args:
+        single: the answers in fp32, by output.
+        exact: the same in fp64.
+        case: the name of the case.
+
+    Returns:
+        The worst relative L2; None if it is not defined, because every output is zero, not finite or empty.
+    """
+    telling = [name for name, out in exact.items() if (torch.isfinite(out) & (out != 0)).any()]
+    errors = (compare(name, single[name], exact[name], case).relative_l2 for name in telling)
+    return max((error for error in errors if error < INCOMPARABLE), default=None)
 
 
 def worst_row(out: Tensor, ref: Tensor) -> tuple[int, float]:

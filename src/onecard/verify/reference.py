@@ -14,10 +14,12 @@ from onecard.inputs import make_inputs
 from onecard.spec import Spec
 from onecard.verify.cases import Case
 from onecard.verify.compare import worst_row
+from onecard.verify.variation import Variation, differ
 
 _INDEX = "reference.json"
 _MAX_CASE_BYTES = 512 << 20  # answers larger than this are kept for a sample of their rows only
 ROW_TOLERANCE = 1e-3
+_OTHER_SEED = 1000  # beside a case's own: the same size, other inputs
 
 Run = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -28,9 +30,9 @@ class Reference(msgspec.Struct, frozen=True):
     Args:
         cases: the trials, each with its answers in ``<case>.safetensors``.
         row_invariant: False where the original itself mixes the rows of a batch.
-        fp64_error: relative L2 of fp32 against fp64 on the smallest case, None where fp64 did not run.
+        fp64_error: relative L2 of fp32 against fp64 on the smallest case, None where fp64 did not run or all is zero.
         metric: the original's metric on the user's labelled data, None without.
-        notes: what the user should know (answers that hold NaN, say).
+        notes: what the user should know (answers that hold NaN, or are the same for all inputs, say).
     """
 
     cases: tuple[Case, ...]
@@ -58,17 +60,23 @@ def compute_reference(
     """
     notes: list[str] = []
     invariant = True
+    variation = Variation()
     for case in cases:
-        inputs = to_device(make_inputs(spec, case.bucket, seed=case.seed, ragged=case.ragged, data=data), device)
+        inputs = _inputs(spec, case, case.seed, data, device)
         outputs = run(inputs)
+        variation.add(outputs)
         for name, out in outputs.items():
             if out.is_floating_point() and not torch.isfinite(out).all():
                 notes.append(f"the original's own output '{name}' holds NaN or infinity in case {case.name}")
         invariant = invariant and _rows_alone_agree(run, spec, case, inputs, outputs)
         _save(folder / f"{case.name}.safetensors", outputs, spec, case)
+        if variation.in_doubt:
+            others = _inputs(spec, case, case.seed + _OTHER_SEED, data, device)
+            if differ(inputs, others):
+                variation.contrast(outputs, run(others))
     if not invariant:
         notes.append("the original mixes the rows of a batch, so rows are not tested one by one")
-    reference = Reference(tuple(cases), invariant, None, None, tuple(notes))
+    reference = Reference(tuple(cases), invariant, None, None, (*variation.notes(), *notes))
     write_reference(reference, folder)
     return reference
 
@@ -103,6 +111,10 @@ def probed_rows(size: int) -> list[int]:
 def one_row(inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
     """A batch of one row of these inputs."""
     return {name: tensor[row : row + 1].contiguous() for name, tensor in inputs.items()}
+
+
+def _inputs(spec: Spec, case: Case, seed: int, data: Mapping[str, Tensor] | None, device: str) -> dict[str, Tensor]:
+    return to_device(make_inputs(spec, case.bucket, seed=seed, ragged=case.ragged, data=data), device)
 
 
 def _rows_alone_agree(run: Run, spec: Spec, case: Case, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> bool:

@@ -42,6 +42,11 @@ def test_failures_are_listed_with_their_cures_and_alike_ones_together():
     assert text.count("Cure: pip install 'onecard[tensorrt]'") == 1
 
 
+def test_notes_are_printed():
+    text = printed(replace(sample(), notes=("output 'y' is 0 for every input", "the card slowed itself down")))
+    assert "Note: output 'y' is 0 for every input\nNote: the card slowed itself down\n" in text
+
+
 def test_it_says_the_outcome_and_where_the_files_are(tmp_path):
     text = printed(sample(), 200, tmp_path / "model.onecard")
     assert summary_line(sample()) in text

@@ -5,7 +5,14 @@ import torch
 
 from onecard.evidence import INCOMPARABLE
 from onecard.recipe import COMPRESSIONS, PRECISIONS
-from onecard.verify.compare import THRESHOLDS, compare, decisive_flips, looks_like_logits, worst_row
+from onecard.verify.compare import (
+    THRESHOLDS,
+    compare,
+    decisive_flips,
+    looks_like_logits,
+    rounding_error,
+    worst_row,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -124,3 +131,25 @@ def test_only_clear_rows_flip():
 )
 def test_what_looks_like_logits(shape, dtype, expected):
     assert looks_like_logits(torch.zeros(shape, dtype=dtype)) is expected
+
+
+def test_the_rounding_error_is_that_of_the_worst_output():
+    exact = {name: logits().double() / 3 for name in "yz"}
+    single = {"y": exact["y"].float(), "z": (exact["z"] * 1.01).float()}
+    assert rounding_error(single, exact, "B1") == pytest.approx(0.01, rel=1e-4)
+    assert 0 < rounding_error({**single, "z": single["y"]}, exact, "B1") < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("single", "exact"),
+    [
+        (torch.zeros(4, 3), torch.zeros(4, 3)),
+        (torch.full((4, 3), NAN), torch.full((4, 3), NAN)),
+        (torch.zeros(0, 3), torch.zeros(0, 3)),
+        (torch.tensor([INF, 1.0]), torch.tensor([1e300, 1.0], dtype=torch.float64)),
+    ],
+)
+def test_without_a_number_to_compare_there_is_no_rounding_error(single, exact):
+    assert rounding_error({"y": single}, {"y": exact.double()}, "B1") is None
+    sound = logits()
+    assert rounding_error({"y": single, "z": sound}, {"y": exact.double(), "z": sound.double()}, "B1") == 0.0
