@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from onecard.search.bytecode import keeping_bytecode, torch_source
+from onecard.search.bytecode import folder_name, keeping_bytecode, torch_source
 
 PLAIN = {"PATH": "/usr/bin", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -113,6 +113,6 @@ def test_workers_and_their_children_write_it_where_the_search_says(package: Path
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPYCACHEPREFIX"}
     environment |= {"PYTHONPATH": str(package.parent.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", SEARCH], env=environment, check=True, timeout=60)
-    kept = cache / "pycache" / package.parent.relative_to("/")
+    kept = cache / folder_name() / package.parent.relative_to("/")
     assert {path.name.partition(".")[0] for path in kept.iterdir()} == {"__init__", "nn"}
     assert not (package.parent / "__pycache__").exists()
