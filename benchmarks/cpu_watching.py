@@ -54,7 +54,7 @@ def take_out_counting() -> None:
 
 
 def serve(bundle: Path, variant: str, ready: Any) -> None:
-    from onecard.ipc.messages import ModelOptions
+    from onecard.ipc.models import ModelOptions
     from onecard.server.http_server import Listen
     from onecard.server.repository import Source
     from onecard.server.serve import ENGINE_COMMAND, ServeOptions, run_server

@@ -15,7 +15,7 @@ from onecard.server.config import config_callback
 from onecard.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
-    from onecard.ipc.messages import ModelOptions
+    from onecard.ipc.models import ModelOptions
     from onecard.server.access import Access
     from onecard.server.http_server import HttpServer
     from onecard.server.logs import Form
@@ -210,7 +210,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
 
 def _model(values: Mapping[str, Any]) -> ModelOptions:
     """How a model is opened, from the options that it has: the command's, or its own of the configuration file."""
-    from onecard.ipc.messages import ModelOptions
+    from onecard.ipc.models import ModelOptions
 
     policy: dict[str, Any] = {
         "queue_items": values["queue_items"],
@@ -235,7 +235,7 @@ def _model(values: Mapping[str, Any]) -> ModelOptions:
 
 
 def _sentinel_device(value: str) -> str:
-    from onecard.ipc.messages import SENTINEL_DEVICES
+    from onecard.ipc.models import SENTINEL_DEVICES
 
     if value not in SENTINEL_DEVICES:
         raise UsageError(f"--sentinel-device is '{value[:32]}', expected {' or '.join(SENTINEL_DEVICES)}.")

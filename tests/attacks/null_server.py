@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from onecard.errors import BundleError
-from onecard.ipc.messages import ModelOptions
+from onecard.ipc.models import ModelOptions
 from onecard.server.http_types import HttpLimits
 from onecard.spec import Spec, TensorSpec, parse_spec
 from tests.attacks.wire import FACTOR, HANG, KILL, OFFSET, RAISE

@@ -4,127 +4,26 @@ Tensors travel in shared memory. Each front makes two segments of it and hands b
 requests into the first and alone decides what is free there; the engine does the same with answers in the second. The
 end of the socket is the end of the connection, whoever died: a new connection has new segments for answers, so nothing
 that an old engine wrote late can be taken for an answer.
-
-A request's first word in the request segment, its *mark*, is 0 until the engine puts its first row into a batch, and 1
-from then on. After an engine's death the front reads there which requests may have killed it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
-from onecard.spec import Spec, TensorSpec
+from onecard.ipc.models import ModelOptions, ModelState
+from onecard.ipc.tensors import Target, Tensor
 
 VERSION = 1
 """Of these messages; both sides are of one installation, so another one is refused."""
 
-WAITING, RUNNING = 0, 1
-"""The two values of a mark (one unsigned 32-bit word, little-endian)."""
-
 _SHORT_ARRAY = 0x90  # "fixarray" of the MessagePack specification, with the length in its lower four bits
-
-MARK_BYTES = 64
-"""Before a request's first tensor: the mark, and what aligns the tensor behind it."""
-
-INLINE_BYTES = 16 << 10
-"""Answers up to so many bytes in all travel in the message itself."""
-
-
-SENTINEL_DEVICES = ("cpu", "same")
-"""Where a sentinel's original may run: on the processor, or where the model does."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
     """Base of all messages."""
-
-
-class Tensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """An array in a segment, in the message, or in a client's memory on the device.
-
-    Args:
-        name: of the input or output.
-        dtype: NumPy's name; ``bfloat16`` for an int16 carrier.
-        shape: of the array, contiguous.
-        offset: in the segment, in bytes, aligned to 64; -1 if ``data`` holds it.
-        data: the bytes, if they are few.
-        region: of the device's memory that a client registered; then ``offset`` is in that. Empty for the segment.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int = -1
-    data: bytes = b""
-    region: str = ""
-
-
-class Target(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Where an output is to be written, instead of being sent.
-
-    Args:
-        output: its name.
-        region: of the device's memory.
-        offset: in it, in bytes.
-        byte_size: of the place.
-    """
-
-    output: str
-    region: str
-    offset: int
-    byte_size: int
-
-
-class ModelOptions(msgspec.Struct, frozen=True):
-    """How the engine opens a model: what the command line said, over what ``onecard tune`` wrote into the bundle.
-
-    Args:
-        device: ``auto``, ``cpu``, ``cuda:0`` ...
-        p99_ms: take the setting that was tuned for this limit.
-        policy: fields of :class:`onecard.runtime.limits.BatchPolicy` to replace.
-        timeout_s: deadline of requests that name none.
-        ingest: inputs that may also come in another form, in the words of :mod:`onecard.runtime.ingest_text`, those
-            of ``MODEL:`` for that model alone; empty for those that ``onecard tune --ingest`` wrote into the bundle.
-        device_memory: most bytes of the device's memory for this model.
-        sentinel: one request in so many is answered again by the original, see :mod:`onecard.runtime.sentinel`; 0 is
-            none.
-        sentinel_device: where the original runs, one of :data:`SENTINEL_DEVICES`; empty for ``cpu``.
-    """
-
-    device: str = "auto"
-    p99_ms: float | None = None
-    policy: dict[str, Any] = {}
-    timeout_s: float | None = None
-    ingest: tuple[str, ...] = ()
-    device_memory: int | None = None
-    sentinel: int = 0
-    sentinel_device: str = ""
-
-
-class ModelState(msgspec.Struct, frozen=True):
-    """One model as the engine has it.
-
-    Args:
-        name: in the URL.
-        version: 1, and one more after each reload.
-        state: READY, LOADING, UNLOADING or UNAVAILABLE.
-        reason: for the state.
-        path: of the bundle that serves; empty if none does.
-        spec: of its inputs and outputs; None if none serves.
-        device: where it runs.
-        ingest: the further forms of its inputs that it takes, named as they are.
-    """
-
-    name: str
-    version: str
-    state: str
-    reason: str = ""
-    path: str = ""
-    spec: Spec | None = None
-    device: str = ""
-    ingest: tuple[TensorSpec, ...] = ()
 
 
 # From a front to the engine
@@ -152,7 +51,7 @@ class Infer(Message, frozen=True):
     Args:
         id: of this front's own counting; never used twice, also not over a new connection.
         model: its name.
-        mark: where the request's mark lies in the segment of requests.
+        mark: where the request's mark (see :mod:`onecard.ipc.tensors`) lies in the segment of requests.
         inputs: all with offsets; they do not change before the answer.
         deadline: in seconds of ``time.monotonic``, a clock that all processes of a machine share; None for the model's
             default.

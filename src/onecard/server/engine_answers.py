@@ -10,8 +10,9 @@ import numpy as np
 
 from onecard import errors
 from onecard.errors import EngineError, OnecardError, QueueFullError
-from onecard.ipc.messages import Answered, Done, Refused, Tensor
+from onecard.ipc.messages import Answered, Done, Refused
 from onecard.ipc.segment import Segment
+from onecard.ipc.tensors import Tensor
 from onecard.server.engine_memory import Lease, lend
 from onecard.server.oip_types import DATATYPES, Array, Written
 

@@ -10,32 +10,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from onecard.errors import EngineClosedError, EngineError, OnecardError
-from onecard.ipc.messages import (
-    VERSION,
-    Answered,
-    Ask,
-    CloseRegion,
-    Done,
-    Load,
-    Message,
-    ModelOptions,
-    Models,
-    OpenRegion,
-    Ping,
-    Pong,
-    Quit,
-    Refused,
-    ToFront,
-    Told,
-    Unload,
-    Welcome,
-)
+from onecard.ipc.messages import Answered, Ask, Load, Models, Pong, Refused, Told, Unload
+from onecard.ipc.models import ModelOptions
 from onecard.server.device_regions import DeviceRegion
 from onecard.server.engine_answers import EngineAnswer, error_of
-from onecard.server.engine_calls import Calls, Ended
+from onecard.server.engine_connection import EngineConnection
 from onecard.server.engine_in_flight import InFlight, late
 from onecard.server.engine_link import EngineLink
 from onecard.server.engine_memory import NOT_ON_DEVICE, OnDevice, Placed, RequestMemory
+from onecard.server.engine_regions import EngineRegions
 from onecard.server.engine_request import EngineRequest
 from onecard.server.engine_served import ServedModel, ServedModels, Wanted
 from onecard.server.http_types import LOGGER
@@ -75,7 +58,6 @@ class EngineClient:
             :meth:`disconnect`, once the old engine is surely dead, and then :meth:`connect`.
         answered: requests that engines have answered or refused.
         book: what became of all requests.
-        pong: the answer to the last :meth:`ping` that was answered.
 
     Raises:
         OnecardError: no shared memory of that size.
@@ -85,28 +67,22 @@ class EngineClient:
         self.on_lost: Callable[[str], None] | None = None
         self.answered = 0
         self.book = RequestBook()
-        self.pong: Pong | None = None
         self._options = options
         self._on_models = on_models
         self._loop = asyncio.get_running_loop()
         self._memory = RequestMemory(options.request_bytes)
         self._in_flight = InFlight(self._memory, options.max_runs, options.max_waiting)
         self._served = ServedModels()
-        self._calls = Calls()
-        self._regions: dict[str, DeviceRegion] = {}
-        self._link: EngineLink | None = None  # over which requests are sent
-        self._coming: EngineLink | None = None  # the engine has not said yet that it is one
-        self._welcome: asyncio.Future[Welcome] | None = None
-        self._lost = self._closed = False
-        self._heard: dict[type, Callable[[Any], None]] = {
+        self._lost = False  # what the engine had is not held for the next one yet
+        hear: dict[type, Callable[[Any], None]] = {
             Answered: self._on_answered,
             Refused: self._on_refused,
             Models: self._on_told_models,
-            Done: self._calls.answer,
-            Told: self._calls.answer,
-            Pong: self._on_pong,
-            Welcome: self._on_welcome,
         }
+        self._connection = EngineConnection(
+            self._memory.segment, options.answer_bytes, hear, self._on_linked, self._on_lost
+        )
+        self._regions = EngineRegions(self._connection)
 
     @property
     def models(self) -> Mapping[str, ServedModel]:
@@ -126,7 +102,12 @@ class EngineClient:
     @property
     def connected(self) -> bool:
         """Whether there is an engine."""
-        return self._link is not None
+        return self._connection.link is not None
+
+    @property
+    def pong(self) -> Pong | None:
+        """The answer to the last :meth:`ping` that was answered."""
+        return self._connection.pong
 
     @property
     def is_loading(self) -> bool:
@@ -173,23 +154,9 @@ class EngineClient:
             EngineError: it does not answer as an engine does.
             OnecardError: no memory for the answers.
         """
-        if self._closed or self._welcome is not None or self._link is not None:
-            raise EngineError("the client is closed." if self._closed else "there is a connection to an engine.")
-        if self._lost:
+        if self._lost and self._connection.is_free:
             self.disconnect()
-        self._welcome = self._loop.create_future()
-        try:
-            self._coming = EngineLink(path, self._memory.segment, self._options.answer_bytes, self._hear, self._lose)
-            await asyncio.wait_for(self._welcome, self._options.welcome_s)
-        except BaseException as error:
-            self._drop_link("it did not welcome the front")
-            if isinstance(error, asyncio.TimeoutError):
-                raise EngineError(f"the engine did not answer within {self._options.welcome_s:g} s.") from None
-            raise
-        finally:
-            self._welcome = None
-        if self._link is None:
-            raise EngineError("the engine went as soon as it had come.")
+        await self._connection.open(path, self._options.welcome_s)
 
     def allocate(self, nbytes: int, lead: int = 0) -> memoryview:
         """Memory that the engine sees too, for a body; free again when nothing refers to it any more.
@@ -274,7 +241,7 @@ class EngineClient:
             EngineClosedError: there is no engine at the moment.
         """
         wanted = Wanted(path.absolute(), options, version)
-        await self._call(
+        await self._connection.call(
             lambda call: Load(call, name, str(wanted.path), options, version),
             self._served.begin_load(name, wanted),
         )
@@ -285,7 +252,7 @@ class EngineClient:
         Raises:
             OnecardError: there is no such model, or no engine.
         """
-        await self._call(
+        await self._connection.call(
             lambda call: Unload(call, name, drain_s), lambda ok: self._served.wanted.pop(name, None) if ok else None
         )
 
@@ -295,14 +262,11 @@ class EngineClient:
         Raises:
             OnecardError: it cannot be opened, or there is no engine.
         """
-        await self._call(
-            lambda call: _opening(call, region),
-            lambda ok: self._regions.update({region.name: region}) if ok else None,
-        )
+        await self._regions.open(region)
 
     def expect_region(self, region: DeviceRegion) -> None:
         """Have the next engine, and all that come after it, open memory of the device that another process shares."""
-        self._regions[region.name] = region
+        self._regions.expect(region)
 
     async def close_region(self, name: str) -> None:
         """Have the engine forget a region.
@@ -310,8 +274,7 @@ class EngineClient:
         Raises:
             OnecardError: there is no engine; the next one will not know it.
         """
-        self._regions.pop(name, None)
-        await self._call(lambda call: CloseRegion(call, name))
+        await self._regions.close(name)
 
     async def ask(self) -> Told:
         """What the engine counts and holds.
@@ -319,7 +282,7 @@ class EngineClient:
         Raises:
             EngineError: it died, or there is none.
         """
-        return cast(Told, await self._call(Ask))
+        return cast(Told, await self._connection.call(Ask))
 
     def ping(self) -> int:
         """Ask the engine whether it lives.
@@ -327,15 +290,11 @@ class EngineClient:
         Returns:
             What ``pong.call`` will be once it answered.
         """
-        call = self._calls.number()
-        if self._link is not None:
-            self._link.send(Ping(call))
-        return call
+        return self._connection.ping()
 
     def quit(self, drain_s: float) -> None:
         """Tell the engine to end, once what waits is answered or the time is over."""
-        if self._link is not None:
-            self._link.send(Quit(drain_s))
+        self._connection.quit(drain_s)
 
     def give_up(self, name: str, error: OnecardError) -> None:
         """A model that served before cannot be opened any more: what waits for it gets the error."""
@@ -345,7 +304,7 @@ class EngineClient:
 
     def disconnect(self) -> None:
         """Let go of an engine that is surely dead. What it had not answered waits for the next :meth:`connect`."""
-        self._drop_link("it died")
+        self._connection.drop("it died")
         self._lost = False
         self._served.lose()
         self._in_flight.hold_all()
@@ -353,10 +312,9 @@ class EngineClient:
 
     async def close(self) -> None:
         """Let go of the engine, if there is one, and of all memory; what is left gets EngineClosedError."""
-        if self._closed:
+        if self._connection.closed:
             return
-        self._closed = True
-        self._drop_link("the server is closing")
+        self._connection.close("the server is closing")
         self._in_flight.fail_all(lambda: EngineClosedError("the server closed before the request was answered."))
         self._memory.close()
 
@@ -372,33 +330,29 @@ class EngineClient:
 
     def _hold(self, model: str) -> bool:
         """Whether a new request must wait for an engine, of which there must be room for one more."""
-        hold = self._link is None or model in self._served.recovering
+        hold = self._connection.link is None or model in self._served.recovering
         if hold:
-            self._check_open()
+            self._connection.check_open()
             self._in_flight.check_room()
         return hold
 
-    async def _call(self, make: Callable[[int], Message], ended: Ended | None = None) -> Told | None:
-        if self._link is None:
-            if ended is not None:
-                ended(False)
-            self._check_open()
-            raise EngineClosedError("the engine is being started again.", "Try again in a moment.")
-        call, future = self._calls.begin(ended)
-        self._link.send(make(call))
-        return await future
+    def _on_linked(self, link: EngineLink | None) -> None:
+        """There is an engine, or none any more."""
+        self._in_flight.link = link
+        if link is not None:
+            self._regions.open_again()  # before any request that may speak of them
+            self._in_flight.send_held(lambda model: model not in self._served.recovering)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineClosedError("the server is closing.")
-
-    def _hear(self, message: ToFront) -> None:
-        self._heard[type(message)](message)
+    def _on_lost(self, reason: str) -> None:
+        self._lost = True
+        if self.on_lost is not None:
+            self.on_lost(reason)
 
     def _on_answered(self, message: Answered) -> None:
-        if self._link is None:
+        link = self._connection.link
+        if link is None:
             raise EngineError("an answer before the welcome")
-        answer = EngineAnswer(message, self._link.answers, self._link.give_back)
+        answer = EngineAnswer(message, link.answers, link.give_back)
         self.answered += 1
         request = self._in_flight.end(message.id)
         if request is None:
@@ -423,53 +377,9 @@ class EngineClient:
             self._in_flight.fail_held(name, EngineError(f"model '{name}' could not be opened again: {reason}"))
         self._tell_changed()
 
-    def _on_pong(self, message: Pong) -> None:
-        self.pong = message
-
-    def _on_welcome(self, message: Welcome) -> None:
-        if self._welcome is None or self._welcome.done():
-            raise EngineError("a second welcome")
-        if message.version != VERSION:
-            raise EngineError(f"it speaks version {message.version} of the messages, expected {VERSION}")
-        self._welcome.set_result(message)
-        self._link, self._coming = self._coming, None
-        link = self._in_flight.link = self._link
-        for region in self._regions.values():  # before any request that may speak of it
-            call, opened = self._calls.begin()
-            opened.add_done_callback(_log_failure)
-            if link is not None:
-                link.send(_opening(call, region))
-        self._in_flight.send_held(lambda model: model not in self._served.recovering)
-
     def _tell_changed(self) -> None:
         if self._on_models is not None:
             try:
                 self._on_models()
             except Exception:  # not the engine's fault
                 LOGGER.exception("what is told of the models failed")
-
-    def _lose(self, reason: str) -> None:
-        """The connection ended by itself."""
-        if self._welcome is not None and not self._welcome.done():
-            self._welcome.set_exception(EngineError(f"the engine did not welcome the front: {reason}."))
-            return
-        self._lost = True
-        self._drop_link(reason)
-        if self.on_lost is not None:
-            self.on_lost(reason)
-
-    def _drop_link(self, reason: str) -> None:
-        for link in (self._link, self._coming):
-            if link is not None:
-                link.close()
-        self._link = self._coming = self._in_flight.link = None
-        self._calls.fail_all(lambda: EngineError(f"the engine is gone: {reason}."))
-
-
-def _opening(call: int, region: DeviceRegion) -> OpenRegion:
-    return OpenRegion(call, region.name, region.handle, region.device, region.byte_size)
-
-
-def _log_failure(opened: asyncio.Future[Told | None]) -> None:
-    if not opened.cancelled() and (error := opened.exception()) is not None:
-        LOGGER.error("shared memory is not known to the new engine: %s", error)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from onecard.errors import UsageError
-from onecard.ipc.messages import CloseRegion, Done, OpenRegion, Target, Tensor
+from onecard.ipc.messages import CloseRegion, Done, OpenRegion
+from onecard.ipc.tensors import Target, Tensor
 from onecard.runtime.slots import Array
 from onecard.server.cuda_regions import CudaRegions, OpenMemory
 from onecard.server.engine_refusals import failed

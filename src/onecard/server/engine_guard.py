@@ -16,7 +16,7 @@ from typing import Protocol
 
 from onecard.errors import EngineError, OnecardError, StorageError
 from onecard.ipc import packets
-from onecard.ipc.messages import ModelOptions
+from onecard.ipc.models import ModelOptions
 from onecard.server.engine_child import EngineChild
 from onecard.server.engine_client import EngineClient
 from onecard.server.engine_others import OtherFronts

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from onecard.errors import UsageError
-from onecard.ipc.messages import RUNNING, Tensor
 from onecard.ipc.segment import Segment
+from onecard.ipc.tensors import RUNNING, Tensor
 from onecard.runtime.slots import Array
 from onecard.spec import DTYPES
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from onecard.ipc.arena import Arena, ArenaFullError
-from onecard.ipc.messages import MARK_BYTES, RUNNING, WAITING, Target, Tensor
 from onecard.ipc.segment import Segment
+from onecard.ipc.tensors import MARK_BYTES, RUNNING, WAITING, Target, Tensor
 from onecard.server.http_types import HttpError
 from onecard.server.oip_seen import Place
 from onecard.server.oip_types import Array

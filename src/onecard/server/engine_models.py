@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from onecard.errors import EngineClosedError, EngineError, UsageError
-from onecard.ipc.messages import Done, Load, ModelOptions, Models, ModelState, Told, Unload, encode
+from onecard.ipc.messages import Done, Load, Models, Told, Unload, encode
+from onecard.ipc.models import ModelOptions, ModelState
 from onecard.runtime.engine import Engine
 from onecard.runtime.faults import is_device_lost
 from onecard.runtime.ingest import raw_inputs

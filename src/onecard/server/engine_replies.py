@@ -12,8 +12,9 @@ import torch
 
 from onecard.errors import EngineError
 from onecard.ipc.arena import Arena, ArenaFullError
-from onecard.ipc.messages import INLINE_BYTES, Answered, Stages, Tensor, encode
+from onecard.ipc.messages import Answered, Stages, encode
 from onecard.ipc.segment import Segment
+from onecard.ipc.tensors import INLINE_BYTES, Tensor
 from onecard.runtime.slots import Array, as_array
 from onecard.server.engine_outbox import Outbox
 from onecard.spec import DTYPES

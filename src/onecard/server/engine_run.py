@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onecard.errors import DeadlineError, EngineClosedError, EngineError, OnecardError
-from onecard.ipc.messages import Infer, Stages, Tensor, encode
+from onecard.ipc.messages import Infer, Stages, encode
+from onecard.ipc.tensors import Tensor
 from onecard.runtime.future import RequestTiming
 from onecard.runtime.slots import Array
 from onecard.runtime.work import Work

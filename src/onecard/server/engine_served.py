@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from onecard.errors import SpecError
-from onecard.ipc.messages import ModelOptions, ModelState
+from onecard.ipc.models import ModelOptions, ModelState
 from onecard.server.oip_contract import InferContract
 from onecard.server.oip_repository import State
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onecard.errors import UsageError
-from onecard.ipc.messages import ModelOptions
+from onecard.ipc.models import ModelOptions
 from onecard.server.config import MODEL_NAME
 from onecard.server.http_types import HttpError
 

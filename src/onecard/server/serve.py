@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onecard.errors import MissingDependencyError, UsageError
-from onecard.ipc.messages import ModelOptions
+from onecard.ipc.models import ModelOptions
 from onecard.server.access import Access
 from onecard.server.app import App, access_logger, body_memory
 from onecard.server.device_regions import DeviceRegions

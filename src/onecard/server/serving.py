@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from onecard.ipc.messages import Target, Tensor
+from onecard.ipc.tensors import Target, Tensor
 from onecard.server.engine_client import EngineClient
 from onecard.server.engine_memory import OnDevice
 from onecard.server.engine_request import EngineRequest

@@ -13,23 +13,22 @@ import numpy as np
 
 from onecard.ipc import packets
 from onecard.ipc.messages import (
-    MARK_BYTES,
     VERSION,
     Answered,
     Done,
     Hello,
     Infer,
     Load,
-    ModelOptions,
     Models,
     Refused,
-    Tensor,
     Welcome,
     decode_to_front,
     encode,
     packet,
 )
+from onecard.ipc.models import ModelOptions
 from onecard.ipc.segment import Segment
+from onecard.ipc.tensors import MARK_BYTES, Tensor
 
 ROOT = Path(__file__).parents[3]
 PATIENCE_S = 30.0

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from onecard.errors import BundleError, UsageError
-from onecard.ipc.messages import ModelOptions
+from onecard.ipc.models import ModelOptions
 from onecard.runtime.engine import Engine, EngineOptions
 from onecard.runtime.limits import BatchPolicy
 from onecard.runtime.null import NullModel

@@ -23,7 +23,6 @@ import numpy as np
 from onecard.ipc import packets
 from onecard.ipc.arena import Arena, ArenaFullError
 from onecard.ipc.messages import (
-    INLINE_BYTES,
     VERSION,
     Answered,
     Ask,
@@ -35,14 +34,12 @@ from onecard.ipc.messages import (
     Load,
     Message,
     Models,
-    ModelState,
     OpenRegion,
     Ping,
     Pong,
     Quit,
     Refused,
     Sent,
-    Tensor,
     Told,
     Unload,
     Welcome,
@@ -50,7 +47,9 @@ from onecard.ipc.messages import (
     encode,
     packet,
 )
+from onecard.ipc.models import ModelState
 from onecard.ipc.segment import Segment
+from onecard.ipc.tensors import INLINE_BYTES, Tensor
 from onecard.spec import Range, Spec, TensorSpec
 
 SPEC = Spec(

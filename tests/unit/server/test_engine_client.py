@@ -26,7 +26,8 @@ from onecard.errors import (
     QueueFullError,
     UsageError,
 )
-from onecard.ipc.messages import ModelOptions, Target, Tensor
+from onecard.ipc.models import ModelOptions
+from onecard.ipc.tensors import Target, Tensor
 from onecard.server.device_regions import DeviceRegion
 from onecard.server.engine_child import EngineChild
 from onecard.server.engine_client import ClientOptions, EngineClient

@@ -19,7 +19,7 @@ import pytest
 
 from onecard.errors import BundleError, EngineClosedError, EngineError
 from onecard.ipc import packets
-from onecard.ipc.messages import ModelOptions
+from onecard.ipc.models import ModelOptions
 from onecard.server.engine_child import EngineChild, describe_exit
 from onecard.server.engine_client import ClientOptions, EngineClient
 from onecard.server.engine_guard import EngineGuard, GuardOptions, sweep

@@ -12,19 +12,8 @@ from safetensors.numpy import load_file
 
 from onecard.bundle.open import OnecardWarning
 from onecard.errors import EngineClosedError, UsageError
-from onecard.ipc.messages import (
-    Answered,
-    Done,
-    Load,
-    ModelOptions,
-    Ping,
-    Pong,
-    Refused,
-    Sent,
-    Unload,
-    decode_to_front,
-    packet,
-)
+from onecard.ipc.messages import Answered, Done, Load, Ping, Pong, Refused, Sent, Unload, decode_to_front, packet
+from onecard.ipc.models import ModelOptions
 from onecard.runtime.engine import Engine, EngineOptions
 from onecard.runtime.null import NullModel
 from onecard.runtime.staging import CpuStage

@@ -13,27 +13,25 @@ import pytest
 
 from onecard.ipc import packets
 from onecard.ipc.messages import (
-    INLINE_BYTES,
     VERSION,
     Ask,
     Cancel,
     CloseRegion,
     Hello,
     Infer,
-    ModelOptions,
     Models,
     OpenRegion,
     Ping,
     Pong,
     Quit,
     Sent,
-    Target,
-    Tensor,
     Told,
     encode,
     packet,
 )
+from onecard.ipc.models import ModelOptions
 from onecard.ipc.segment import Segment
+from onecard.ipc.tensors import INLINE_BYTES, Target, Tensor
 from onecard.server.engine_process import EXIT_LOST
 from tests.unit.server.engine_peers import Peer, engine_process
 from tests.unit.server.null_engine import WIDTH

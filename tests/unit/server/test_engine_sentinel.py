@@ -15,7 +15,9 @@ from safetensors.numpy import load_file
 
 from onecard.bundle.open import OnecardWarning, load_bundle
 from onecard.ipc import packets
-from onecard.ipc.messages import MARK_BYTES, Answered, Infer, Load, ModelOptions, Tensor, Unload
+from onecard.ipc.messages import Answered, Infer, Load, Unload
+from onecard.ipc.models import ModelOptions
+from onecard.ipc.tensors import MARK_BYTES, Tensor
 from onecard.recipe import ORIGINAL
 from onecard.runtime.engine import Engine
 from onecard.runtime.null import NullModel

@@ -15,7 +15,9 @@ import pytest
 
 from onecard.bundle.open import OnecardWarning
 from onecard.errors import SpecError, UsageError
-from onecard.ipc.messages import Answered, Infer, ModelOptions, Models, ModelState, Tensor, decode_to_front, encode
+from onecard.ipc.messages import Answered, Infer, Models, decode_to_front, encode
+from onecard.ipc.models import ModelOptions, ModelState
+from onecard.ipc.tensors import Tensor
 from onecard.runtime.ingest import Picture
 from onecard.server.config import read_config
 from onecard.server.engine_models import open_bundle

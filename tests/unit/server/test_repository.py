@@ -3,7 +3,7 @@
 import pytest
 
 from onecard.errors import UsageError
-from onecard.ipc.messages import ModelOptions
+from onecard.ipc.models import ModelOptions
 from onecard.server.http_types import HttpError
 from onecard.server.repository import Repository, Source, read_names
 

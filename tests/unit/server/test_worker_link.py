@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from onecard.errors import BundleError, EngineClosedError, EngineError, OnecardError, UsageError
-from onecard.ipc.messages import ModelOptions
+from onecard.ipc.models import ModelOptions
 from onecard.server.device_regions import DeviceRegion
 from onecard.server.engine_client import ClientOptions
 from onecard.server.grpc_limits import GrpcListen
