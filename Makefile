@@ -28,8 +28,11 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Files side by side, each file's tests in order. A failure: make test PYTEST="-n 0 -x --lf"
+PYTEST ?= -n 2 --dist loadfile
+
 unit: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest $(PYTEST)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cpu_models.py
