@@ -2,12 +2,13 @@
 
     python benchmarks/cpu_watching.py --out benchmarks/results/cpu
 
-``nothing`` is a server whose counting was taken out, in both processes, and that nobody asks; ``counted`` is the server
-as it is; ``scraped`` is asked for its metrics every five seconds, three times as often as Prometheus does by default;
-``sentinel`` lets the original, loaded before, answer one request in a thousand again, scraped too. All four run all the
-time, and one after the other is under load for five seconds, 16 requests of one picture under way, in an order that
-changes from round to round. The ratio is the median over the rounds of each round's own ratio, with the interval that
-holds it in 95 of 100 resamplings of the rounds: what a machine gives changes by more than what is measured here.
+``nothing`` is the server with its counting taken out, in both processes, that nobody asks; ``counted`` is the server as
+it is; ``scraped`` is asked for its metrics every five seconds, three times as often as Prometheus does by default;
+``sentinel`` lets the original, loaded before, answer one request in a thousand again, scraped too. It is one server that
+is told what to be: two of a kind differ by more than what is measured here. It is each of them for five seconds under
+load, 16 requests of one picture under way, in an order that changes from round to round, and is started anew after some
+rounds. The ratio is the median over the rounds of each round's own ratio, with the interval that holds it in 95 of 100
+resamplings of the rounds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import os
 import random
 import re
 import shlex
@@ -34,30 +36,48 @@ from typing import Any
 from cpu_serving import closed_loop, make, request_bytes
 
 VARIANTS = ("nothing", "counted", "scraped", "sentinel")
-BARE = "--bare"
+ENGINE = "--engine"
 SENTINEL = 1000
 SLICE_S = 5.0
 SCRAPE_AFTER_S = 2.0
+ROUNDS_A_SERVER = 4
+WHAT_TO_BE = "ONECARD_BENCH_VARIANT"
+"""Names a file with the variant that both processes of the server are to be."""
 
 
-def take_out_counting() -> None:
-    """From this process on, nothing is counted for metrics."""
+def obey() -> None:
+    """From now on be what the file says, looking ten times a second."""
+    from onecard.runtime.sentinel import Sentinel
     from onecard.server.counters import Counters
     from onecard.server.request_figures import RequestFigures
+
+    counting = ((RequestFigures, ("began", "answered", "failed")), (Counters, ("came", "ended", "ran")))
+    own = {(kind, name): getattr(kind, name) for kind, names in counting for name in names}
+    offer = Sentinel.offer
+    path = Path(os.environ[WHAT_TO_BE])
 
     def nothing(*_: Any, **__: Any) -> None:
         return
 
-    for kind, names in ((RequestFigures, ("began", "answered", "failed")), (Counters, ("came", "ended", "ran"))):
-        for name in names:
-            setattr(kind, name, nothing)
+    def watch() -> None:
+        before = ""
+        while True:
+            if (variant := path.read_text()) != before:
+                for (kind, name), method in own.items():
+                    setattr(kind, name, nothing if variant == "nothing" else method)
+                Sentinel.offer = offer if variant == "sentinel" else nothing  # type: ignore[method-assign]
+                before = variant
+            time.sleep(0.1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def serve(bundle: Path, variant: str, ready: Any) -> None:
+def serve(bundle: Path, ready: Any) -> None:
+    """The server's own process; its engine's is this script, too."""
     from onecard.ipc.models import ModelOptions
     from onecard.server.http_server import Listen
     from onecard.server.repository import Source
-    from onecard.server.serve import ENGINE_COMMAND, ServeOptions, run_server
+    from onecard.server.serve import ServeOptions, run_server
 
     class Announce:
         def listening(self, server: Any) -> None:
@@ -69,12 +89,9 @@ def serve(bundle: Path, variant: str, ready: Any) -> None:
         def ready(self, serving: Any) -> None:
             ready.send((self.port, self.metrics))
 
-    engine = ENGINE_COMMAND
-    if variant == "nothing":
-        take_out_counting()
-        engine = (sys.executable, __file__, BARE)
-    model = ModelOptions(sentinel=SENTINEL) if variant == "sentinel" else ModelOptions()
-    sources = {"m": Source(bundle, model)}
+    obey()
+    sources = {"m": Source(bundle, ModelOptions(sentinel=SENTINEL))}
+    engine = (sys.executable, __file__, ENGINE)
     run_server(ServeOptions(sources, Listen(port=0), engine=engine, metrics=Listen(port=0)), Announce())
 
 
@@ -107,32 +124,38 @@ def wait_for_the_original(port: int) -> None:
 
 @dataclass
 class Running:
-    """A server."""
+    """A server that was started for this."""
 
     port: int
     metrics: int
-    scraped: bool
+    what_to_be: Path
 
-    def rate(self, seconds: float) -> float:
-        """Rows a second, under load for so long."""
-        with scraping(self.metrics) if self.scraped else contextlib.nullcontext():
-            return asyncio.run(closed_loop(self.port, request_bytes(), seconds))
+    def rate(self, variant: str) -> float:
+        """Rows a second as such a server, under load for a slice of time."""
+        self.what_to_be.write_text(variant)
+        asyncio.run(closed_loop(self.port, request_bytes(), 0.5))  # long enough for both processes to have seen it
+        with scraping(self.metrics) if variant in ("scraped", "sentinel") else contextlib.nullcontext():
+            return asyncio.run(closed_loop(self.port, request_bytes(), SLICE_S))
 
 
 @contextlib.contextmanager
-def running(bundle: Path, variant: str) -> Iterator[Running]:
-    """A server of this kind that has answered some requests."""
+def running(bundle: Path) -> Iterator[Running]:
+    """A server whose original has answered a request already."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(bundle, variant, theirs))
+    what_to_be = bundle.with_name("variant")
+    what_to_be.write_text("sentinel")
+    os.environ[WHAT_TO_BE] = str(what_to_be)
+    process = spawn.Process(target=serve, args=(bundle, theirs))
     process.start()
     theirs.close()
     try:
         port, metrics = ours.recv()
-        asyncio.run(closed_loop(port, request_bytes(), 2.0))
-        if variant == "sentinel":
-            wait_for_the_original(metrics)
-        yield Running(port, metrics, variant in ("scraped", "sentinel"))
+        load = threading.Thread(target=lambda: asyncio.run(closed_loop(port, request_bytes(), 10.0)))
+        load.start()
+        wait_for_the_original(metrics)
+        load.join()
+        yield Running(port, metrics, what_to_be)
     finally:
         process.terminate()
         process.join(60)
@@ -146,9 +169,9 @@ def interval(shares: list[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    if BARE in sys.argv:
-        sys.argv.remove(BARE)
-        take_out_counting()
+    if ENGINE in sys.argv:
+        sys.argv.remove(ENGINE)
+        obey()
         from onecard.server.engine_process import main as engine_process
 
         engine_process()
@@ -163,13 +186,17 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onecard-bench-"))
         bundle = make(Path(folder), tuple(arguments.recipes))
-        servers = {variant: stack.enter_context(running(bundle, variant)) for variant in VARIANTS}
         for round_ in range(arguments.rounds):
+            if round_ % ROUNDS_A_SERVER == 0:
+                server = stack.enter_context(contextlib.ExitStack())
+                one = server.enter_context(running(bundle))
             chance.shuffle(order)
             for variant in order:
-                rates[variant].append(servers[variant].rate(SLICE_S))
+                rates[variant].append(one.rate(variant))
             said = ", ".join(f"{variant} {rates[variant][-1]:.1f}" for variant in VARIANTS)
             print(f"round {round_ + 1} of {arguments.rounds}: {said} rows/s", file=sys.stderr, flush=True)
+            if round_ % ROUNDS_A_SERVER == ROUNDS_A_SERVER - 1:
+                server.close()
     command = shlex.join(["python", "benchmarks/cpu_watching.py", *sys.argv[1:]])
     lines = [
         f"EfficientNet-Lite0 over HTTP, {arguments.rounds} rounds: `{command}`",
