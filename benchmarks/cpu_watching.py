@@ -4,8 +4,8 @@
 
 ``nothing`` is the server with its counting taken out, in both processes, that nobody asks; ``counted`` is the server as
 it is; ``scraped`` is asked for its metrics every five seconds, three times as often as Prometheus does by default;
-``sentinel`` lets the original, loaded before, answer one request in a thousand again, scraped too. It is one server that
-is told what to be: two of a kind differ by more than what is measured here. It is each of them for five seconds under
+``sentinel`` lets the original, loaded before, answer one request in a thousand again, scraped too. One server is told
+which to be: two of a kind differ by more than what is measured here. It is each of them for five seconds under
 load, 16 requests of one picture under way, in an order that changes from round to round, and is started anew after some
 rounds. The ratio is the median over the rounds of each round's own ratio, with the interval that holds it in 95 of 100
 resamplings of the rounds.
