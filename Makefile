@@ -29,7 +29,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Files side by side, each file's tests in order. A failure: make test PYTEST="-n 0 -x --lf"
-PYTEST ?= -n 2 --dist loadfile
+PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 unit: $(VENV)/.dev
 	$(BIN)/pytest $(PYTEST)

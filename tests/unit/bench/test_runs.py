@@ -126,11 +126,17 @@ def test_answers_in_chunks_and_what_is_sent():
 
 
 def test_ctrl_c_keeps_what_was_measured():
-    with known_server() as (url, _):
-        threading.Timer(1.0, lambda: signal.raise_signal(signal.SIGINT)).start()
+    with known_server() as (url, known):
+
+        def interrupt() -> None:
+            while len(known.bodies) < 30:
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
         begun = time.monotonic()
         found = bench(f"{url}/m", Load("server", 60.0, qps=50))
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 30
     assert found.interrupted and found.run.interrupted
     assert 5 < found.run.answered < 2000
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
