@@ -18,7 +18,10 @@ _WRITES_NONE = "PYTHONDONTWRITEBYTECODE"
 @functools.cache
 def folder_name() -> str:
     """Of the folder in onecard's cache; one for each torch, since images may give all versions' files one time."""
-    return f"pycache-torch-{metadata.version('torch')}"
+    try:
+        return f"pycache-torch-{metadata.version('torch')}"
+    except metadata.PackageNotFoundError:  # built in place
+        return "pycache"
 
 
 @functools.cache
