@@ -25,12 +25,12 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cpu_server import post
 from cpu_serving import closed_loop, ready_port
 
 INGEST = "image=uint8 NHWC mean=0.485,0.456,0.406 std=0.229,0.224,0.225"
@@ -134,9 +134,8 @@ def shared_memory(port: int, rows: int, classes: int) -> Iterator[None]:
     try:
         for name, path in paths.items():
             path.write_bytes(contents[name])
-            said = json.dumps({"key": f"/{path.name}", "offset": 0, "byte_size": len(contents[name])}).encode()
-            url = f"http://127.0.0.1:{port}/v2/systemsharedmemory/region/{name}/register"
-            urllib.request.urlopen(urllib.request.Request(url, said, method="POST")).close()
+            said = {"key": f"/{path.name}", "offset": 0, "byte_size": len(contents[name])}
+            post(port, f"region/{name}/register", said)
         yield
     finally:
         for path in paths.values():
@@ -149,9 +148,9 @@ def client(port: int, payload: bytes, seconds: float, told: Any) -> None:
 
 
 def ask(port: int, payload: bytes, seconds: float, clients: int) -> float:
-    spawn = multiprocessing.get_context("fork")
-    pipes = [spawn.Pipe() for _ in range(clients)]
-    processes = [spawn.Process(target=client, args=(port, payload, seconds, told)) for _, told in pipes]
+    fork = multiprocessing.get_context("fork")
+    pipes = [fork.Pipe() for _ in range(clients)]
+    processes = [fork.Process(target=client, args=(port, payload, seconds, told)) for _, told in pipes]
     for process in processes:
         process.start()
     rates = [ours.recv() for ours, _ in pipes]
