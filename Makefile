@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Files side by side, each file's tests in order. A failure: make test PYTEST="-n 0 -x --lf"
+# Two files of tests side by side, each in its order. After a failure: make unit PYTEST="-n 0 -x --lf"
 PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 unit: $(VENV)/.dev
