@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onecard.evidence import OutputError, Verdict
 from onecard.inputs import make_inputs
-from onecard.spec import Spec
+from onecard.spec import Bucket, Spec
 from onecard.verify.cases import Case
 from onecard.verify.compare import ROW_FACTOR, Threshold, compare, worst_row
 from onecard.verify.judge import Rule, problem
@@ -59,8 +59,16 @@ class Gate:
             verdict = self._judge_case(run, case)
             if not verdict.ok:
                 return verdict
-        progress("repeated calls")
-        return self._judge_repeats(run, self.reference.cases[0])
+        asked: list[Bucket] = []
+        for case in self.reference.cases:
+            if case.bucket in asked:
+                continue
+            asked.append(case.bucket)  # each size may have buffers of its own
+            progress(f"repeated calls of {case.name}")
+            verdict = self._judge_repeats(run, case)
+            if not verdict.ok:
+                return verdict
+        return Verdict("ok")
 
     def _inputs(self, case: Case, seed_offset: int = 0) -> dict[str, Tensor]:
         made = make_inputs(self.spec, case.bucket, seed=case.seed + seed_offset, ragged=case.ragged, data=self.data)
@@ -114,12 +122,17 @@ class Gate:
         run(others)
         for name, out in first.items():  # before the same question is asked again, which would restore it
             if not torch.equal(_bits(out), _bits(kept[name])):
-                return _wrong(f"output '{name}': a later call overwrote an answer that was already handed out")
+                return _wrong(
+                    f"output '{name}' in case {case.name}: a later call overwrote an answer that was already handed out"
+                )
         again = run(inputs)
         for name, ref in kept.items():
             error = worst_row(again[name], ref)[1]
             if error > self.threshold.relative_l2:
-                return _wrong(f"output '{name}': the same input gave another answer the second time ({error:.2e})")
+                return _wrong(
+                    f"output '{name}' in case {case.name}: the same input gave another answer the second time "
+                    f"({error:.2e})"
+                )
         return Verdict("ok")
 
 

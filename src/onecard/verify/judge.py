@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from onecard.evidence import INCOMPARABLE, OutputError
-from onecard.verify.compare import ROW_FACTOR, Threshold, decisive_flips, worst_row
+from onecard.verify.compare import ROW_FACTOR, Threshold, decisive_flips, lost_class, lost_part, worst_row
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,20 @@ def problem(out: Tensor, ref: Tensor, error: OutputError, rule: Rule, where: str
     row, row_error = worst_row(out, ref)
     if rule.batched and row_error > ROW_FACTOR * limit.relative_l2:
         return f"{where}: row {row} has relative error {row_error:.2e}, the rest are right"
+    return _hidden(out, ref, limit, where)
+
+
+def _hidden(out: Tensor, ref: Tensor, limit: Threshold, where: str) -> str:
+    """What is wrong with a part of an output that is right on the whole."""
+    lost = lost_part(out, ref, limit.relative_l2)
+    if lost is not None:
+        return (
+            f"{where}: part {lost.place} along dimension {lost.dimension} has relative error {lost.error:.2e}, though "
+            "the whole is near"
+        )
+    wrong = lost_class(out, ref)
+    if wrong:
+        return f"{where}: {wrong} elements are wrong, which is most of the rarer answer's"
     flips = decisive_flips(out, ref, limit.relative_l2)
     if flips:
         return f"{where}: {flips} rows have another largest element where the original was clear"

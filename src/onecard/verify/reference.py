@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def compute_reference(
         device: where ``run`` wants its inputs.
 
     Returns:
-        What was found; also written to the folder, last, so that its presence means that all is there.
+        What was found; :func:`write_reference` is for the caller, once all that belongs to it is known.
     """
     notes: list[str] = []
     invariant = True
@@ -76,18 +77,18 @@ def compute_reference(
                 variation.contrast(outputs, run(others))
     if not invariant:
         notes.append("the original mixes the rows of a batch, so rows are not tested one by one")
-    reference = Reference(tuple(cases), invariant, None, None, (*variation.notes(), *notes))
-    write_reference(reference, folder)
-    return reference
+    return Reference(tuple(cases), invariant, None, None, (*variation.notes(), *notes))
 
 
 def write_reference(reference: Reference, folder: Path) -> None:
-    """Write the index of a reference folder."""
-    (folder / _INDEX).write_bytes(msgspec.json.encode(reference))
+    """Write the index of a reference folder, whole or not at all: its presence means that all is there."""
+    temporary = folder / f".{_INDEX}.{os.getpid()}"
+    temporary.write_bytes(msgspec.json.encode(reference))
+    temporary.replace(folder / _INDEX)
 
 
 def read_reference(folder: Path) -> Reference:
-    """Read what :func:`compute_reference` found."""
+    """Read what was written last."""
     return msgspec.json.decode((folder / _INDEX).read_bytes(), type=Reference)
 
 

@@ -63,3 +63,64 @@ def test_where_a_metric_decides_shape_and_finiteness_are_still_asked_for():
     assert judged(-REF, only_sane=True) == ""
     assert "has shape" in judged(REF[:7], only_sane=True)
     assert "NaN" in judged(put(1, 1, float("nan")), only_sane=True)
+
+
+def said_of(out: torch.Tensor, ref: torch.Tensor, precision: str) -> str:
+    return problem(out, ref, compare("y", out, ref, "a case"), Rule(THRESHOLDS[precision], batched=True), "it")
+
+
+@pytest.mark.parametrize("filling", [torch.finfo(torch.float32).min, -1e9, -1e4])
+def test_a_masks_filling_hides_nothing(filling):
+    ref, right, wrong = REF.clone(), REF * 1.0001, torch.randn(8, 5)
+    for each in (ref, right, wrong):
+        each[:, 0] = filling
+    unmasked = right.clone()
+    unmasked[2, 0] = 0.0
+    assert said_of(right, ref, "fp32") == ""
+    assert "relative error" in said_of(wrong, ref, "fp16")
+    assert "relative error" in said_of(unmasked, ref, "fp16")
+
+
+def boxes_and_scores() -> torch.Tensor:
+    """Coordinates in pixels and the scores of 80 classes, few of which are there: [3, 84, 8400]."""
+    boxes, scores = torch.rand(3, 4, 8400) * 640, torch.rand(3, 80, 8400) ** 200
+    return torch.cat([boxes, scores], 1)
+
+
+def test_large_numbers_hide_no_lost_scores():
+    ref = boxes_and_scores()
+    lost = ref.clone()
+    lost[:, 4:] = 0
+    assert "along dimension 1" in said_of(lost, ref, "fp32")
+    swapped = torch.cat([ref[:, :4], ref[:, 4:].flip(0)], 1)
+    assert "though the whole is near" in said_of(swapped, ref, "fp32")
+    assert said_of(ref.half().float(), ref, "fp16") == ""
+    assert said_of(ref.bfloat16().float(), ref, "bf16") == ""
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_long_sequence_hides_no_lost_token(precision):
+    ref = torch.randn(2, 6000, 64)
+    lost = ref.clone()
+    lost[:, -1] = torch.randn(2, 64)
+    assert "part 5999 along dimension 1" in said_of(lost, ref, precision)
+
+
+def test_parts_that_are_next_to_nothing_are_let_be():
+    ref = torch.randn(4, 32, 64)
+    ref[:, 7] *= 1e-9  # a channel that is noise in any precision
+    noisy = ref + 1e-4 * torch.randn(ref.shape)
+    assert said_of(noisy, ref, "fp32") == ""
+    ref[:, 1:] = 0.0  # and one that alone is there
+    assert said_of(ref + 1e-6 * torch.randn(ref.shape), ref, "fp32") == ""
+
+
+def test_a_rare_truth_is_not_lost_among_many():
+    ref = torch.zeros(3, 100_000, dtype=torch.bool)
+    ref[:, :30] = True
+    near = ref.clone()
+    near[:, :5] = False
+    assert said_of(near, ref, "fp16") == ""
+    assert (
+        said_of(torch.zeros_like(ref), ref, "fp16") == "it: 90 elements are wrong, which is most of the rarer answer's"
+    )
