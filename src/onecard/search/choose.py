@@ -12,6 +12,7 @@ from onecard.spec import Bucket
 
 OBJECTIVES = ("latency", "throughput", "memory", "size")
 _MIN_NOISE = 0.01  # below one per cent no machine repeats itself
+_WORTH_A_NOTE = 0.1
 _MAX_TIE = 0.03  # variants this close are equally fast, however noisy the machine
 _CHUNKS = 5
 
@@ -78,7 +79,7 @@ def choose(evidence: Evidence, wishes: Wishes) -> Choice:
         rank = _rank(evidence, allowed, bucket, wishes)
         ranks.append(rank)
         _note_latency(evidence, rank, wishes, notes)
-    chosen = _overall(evidence, allowed, buckets, wishes)
+    chosen = _overall(evidence, allowed, buckets, wishes, notes)
     settled = tuple(_settle(evidence, rank, chosen, wishes) for rank in ranks)
     return Choice(chosen, settled, pareto_front(evidence, passed), tuple(notes))
 
@@ -208,15 +209,18 @@ def _compared(evidence: Evidence, rank: Rank, wishes: Wishes) -> Rank:
     return Rank(rank.bucket, rank.variants, cost(original, objective) / cost(first, objective), noise)
 
 
-def _overall(evidence: Evidence, allowed: Sequence[Candidate], buckets: Sequence[Bucket], wishes: Wishes) -> str:
+def _overall(
+    evidence: Evidence, allowed: Sequence[Candidate], buckets: Sequence[Bucket], wishes: Wishes, notes: list[str]
+) -> str:
     """The variant that is best over all buckets, by the geometric mean of its cost.
 
-    Relative to the original's, or as it is where the original cannot run within the device's memory.
+    Relative to the original's, or as it is where the original cannot run within the device's memory. One whose gain
+    over the original is within the noise of either is none, and is no tie of the best either.
     """
     if not allowed:
         return ORIGINAL.id
     scores: dict[str, float] = {}
-    noise = _MIN_NOISE
+    noises: dict[str, float] = {}
     yardstick = _timings(evidence, ORIGINAL.id, buckets)
     for candidate in allowed:
         known = _timings(evidence, candidate.id, buckets)
@@ -230,18 +234,37 @@ def _overall(evidence: Evidence, allowed: Sequence[Candidate], buckets: Sequence
             ones = [cost(t, "latency") for t in yardstick] or [1.0] * len(known)
             logs = [math.log(cost(t, "latency") / one) for t, one in zip(known, ones, strict=True)]
             scores[candidate.id] = math.exp(sum(logs) / len(logs))
-        if candidate.id == ORIGINAL.id:
-            noise = max(noise_of(t, wishes.objective) for t in known)
+        noises[candidate.id] = max(noise_of(t, wishes.objective) for t in known)
     late = {c for c in scores if _is_late(evidence, c, buckets, wishes)}
     if len(late) < len(scores):
         scores = {c: s for c, s in scores.items() if c not in late}
     if not scores:
         return ORIGINAL.id
+    if ORIGINAL.id in scores:
+        if wishes.objective in ("memory", "size"):  # of which a variant's own times tell nothing
+            noises = dict.fromkeys(noises, noises[ORIGINAL.id])
+        own = noises[ORIGINAL.id]
+        better = {c: s for c, s in scores.items() if s * (1 + max(own, noises[c])) < scores[ORIGINAL.id]}
+        if not better:
+            _note_noise(scores, noises, notes)
+            return ORIGINAL.id
+        scores = better
     best = min(scores, key=lambda c: scores[c])
-    if ORIGINAL.id in scores and scores[best] * (1 + noise) >= scores[ORIGINAL.id]:
-        return ORIGINAL.id
-    ties = [c for c in allowed if scores.get(c.id, math.inf) <= scores[best] * (1 + min(noise, _MAX_TIE))]
+    reach = 1 + min(noises.get(ORIGINAL.id, _MIN_NOISE), _MAX_TIE)
+    ties = [c for c in allowed if scores.get(c.id, math.inf) <= scores[best] * reach]
     return min(ties, key=lambda c: (c.measurement.peak_bytes, c.measurement.size_bytes)).id
+
+
+def _note_noise(scores: dict[str, float], noises: dict[str, float], notes: list[str]) -> None:
+    """Say it where a gain was lost in noise that no quiet machine has."""
+    best = min(scores, key=lambda c: scores[c])
+    noise = max(noises[best], noises[ORIGINAL.id])
+    gain = scores[ORIGINAL.id] / scores[best]
+    if gain > 1 + _WORTH_A_NOTE and noise > _WORTH_A_NOTE:
+        notes.append(
+            f"{best} was {gain:.3g} times as good as the original, but the timings moved by {noise:.0%} from round to "
+            "round, so nothing was chosen over the original: measure again on a quieter machine"
+        )
 
 
 def _timings(evidence: Evidence, name: str, buckets: Sequence[Bucket]) -> list[Timing]:
@@ -267,7 +290,8 @@ def _settle(evidence: Evidence, rank: Rank, chosen: str, wishes: Wishes) -> Rank
         return rank
     limit = wishes.max_latency_p99_ms or math.inf
     gain = cost(own, wishes.objective) / cost(best, wishes.objective) - 1
-    needed = max(_MAX_TIE, min(noise_of(best, wishes.objective), noise_of(own, wishes.objective)))
+    both = noise_of(best, wishes.objective), noise_of(own, wishes.objective)
+    needed = max(_MAX_TIE, max(both) if chosen == ORIGINAL.id else min(both))
     if gain > needed or own.p99_ms > limit >= best.p99_ms:
         return rank
     order = (chosen, *(v for v in rank.variants if v != chosen))

@@ -16,17 +16,15 @@ Every file of results is renamed into place, so that its presence means that it 
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from onecard.environment import Environment, fingerprint
+from onecard.environment import Environment
 from onecard.evidence import Compression, Measurement, Metric, OutputError, Timing, Verdict
-from onecard.models.model import Model
 from onecard.recipe import Recipe
 from onecard.spec import Bucket, Spec
 from onecard.verify.compare import Threshold
@@ -59,16 +57,17 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class BuildResult(msgspec.Struct, frozen=True):
-    """What building a candidate came to."""
+    """What building a candidate came to; ``passing`` if another search should not rely on it."""
 
     verdict: Verdict
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     compression: tuple[Compression, ...] = ()
+    passing: bool = False
 
 
 class RunResult(msgspec.Struct, frozen=True):
-    """What loading, verifying and timing a candidate came to."""
+    """What loading, verifying and timing a candidate came to; ``passing`` as for a build."""
 
     verdict: Verdict
     measurement: Measurement = Measurement()
@@ -77,6 +76,7 @@ class RunResult(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
     limit_s: float = 0.0
+    passing: bool = False
 
 
 class PlayoffResult(msgspec.Struct, frozen=True):
@@ -132,46 +132,18 @@ def write(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def job_key(model: Model, job: Job, data_digest: str) -> str:
-    """A digest of everything that the results depend on: weights, code, spec, versions, card, onecard itself.
+def forget_passing(folder: JobFolder, recipes: Iterable[Recipe]) -> None:
+    """Drop results of an earlier search that may not hold any more: something is installed now, or freed.
 
-    Never the name: two models of one name are two jobs.
+    Args:
+        folder: the job's folder; it need not be there.
+        recipes: whose results to look at.
     """
-    digest = hashlib.sha256()
-    for name, tensor in model.flat.inner.state_dict().items():
-        if not hasattr(tensor, "untyped_storage"):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_tensor_bytes(tensor))
-    for path in sorted(model.files.values()):
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
-    digest.update(_code_of(model))
-    asked = {name: getattr(job, name) for name in job.__struct_fields__ if name != "environment"}
-    parts = [model.flat.plan, model.origin, asked, fingerprint(job.environment)]
-    digest.update(msgspec.json.encode(parts, order="sorted"))
-    digest.update(data_digest.encode())
-    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:24]
-
-
-def _tensor_bytes(tensor: Any) -> bytes:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).digest() if flat.numel() else b""
-
-
-def _code_of(model: Model) -> bytes:
-    """A digest of the source of every class the model is made of."""
-    digest = hashlib.sha256()
-    for kind in sorted({type(m) for m in model.flat.inner.modules()}, key=lambda k: (k.__module__, k.__qualname__)):
-        digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
-        try:
-            digest.update(inspect.getsource(kind).encode())
-        except (OSError, TypeError):  # defined at a prompt or generated: its graph stands in for its source
-            code = getattr(kind.forward, "__code__", None)
-            digest.update(code.co_code if code else b"")
-    graph_code = getattr(model.flat.inner, "code", "")
-    digest.update(str(graph_code).encode())
-    return digest.digest()
+    for recipe in recipes:
+        place = folder.candidate(recipe)
+        found: list[tuple[Path, BuildResult | RunResult]] = []
+        found += [(place.build, read(place.build, BuildResult))] if place.build.exists() else []
+        found += [(place.result, read(place.result, RunResult))] if place.result.exists() else []
+        for path, result in found:
+            if result.passing or result.verdict.reason == "unavailable":
+                path.unlink()

@@ -12,6 +12,12 @@ from onecard.measure.card import is_throttled
 from onecard.recipe import ORIGINAL
 from onecard.search.job import PlayoffResult
 
+_UNSTEADY = (
+    "The same input must give the same answer: look for dropout or batch norm that stay in training mode "
+    "(model.eval(), and training=self.training), random numbers, state kept from call to call, and inputs changed in "
+    "place (x.add_())."
+)
+
 
 def check_original(done: Mapping[str, Candidate]) -> list[str]:
     """See whether there is something to compare with.
@@ -23,11 +29,14 @@ def check_original(done: Mapping[str, Candidate]) -> list[str]:
         Notes for the report.
 
     Raises:
-        SearchError: the original does not run, and not only because it is too large for the device.
+        SearchError: the original does not agree with itself, or does not run, and not only because it is too large
+            for the device.
     """
     original = done[ORIGINAL.id]
     if original.verdict.reason == "out_of_memory" and any(c.verdict.ok for c in done.values()):
         return ["the original does not fit in the device's memory: variants are compared with its answers alone"]
+    if original.verdict.reason == "wrong":  # it was compared with its own answers
+        raise SearchError(f"the original does not agree with itself: {original.verdict.detail}.", _UNSTEADY)
     if not original.verdict.ok:
         raise SearchError(
             f"the original itself does not run here: {original.verdict.detail}",

@@ -29,6 +29,7 @@ _SIGNAL_CURES = {
     "SIGKILL": "Something outside onecard killed it, most often the kernel for lack of memory; free some.",
     "SIGABRT": "The engine gave up; the log says why.",
 }
+_SIGNALS_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,16 @@ def verdict_of_exit(item: Running) -> Verdict:
         stage = f" while {item.stage}" if item.stage else ""
         return Verdict("crashed", f"killed by {name}{stage}", _SIGNAL_CURES.get(name, "See the log."))
     return Verdict("crashed", f"it ended with exit code {code} and no result", "See the log.")
+
+
+def is_passing(item: Running) -> bool:
+    """Whether a process that left no result was ended from outside, or for memory that others may have held.
+
+    A crash of its own, and a time limit, would most likely come again.
+    """
+    if item.verdict is not None:
+        return item.verdict.reason == "out_of_memory"
+    return _signal_name(-item.process.returncode) in _SIGNALS_FROM_OUTSIDE
 
 
 def _signal_name(number: int) -> str:

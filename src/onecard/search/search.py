@@ -20,6 +20,7 @@ from onecard.host import cache_folder
 from onecard.models.model import Model
 from onecard.models.source import save_source
 from onecard.recipe import ORIGINAL, Recipe
+from onecard.search.build_queue import BuildQueue
 from onecard.search.choose import OBJECTIVES, choose, finalists, within_memory
 from onecard.search.job import (
     BuildResult,
@@ -27,14 +28,16 @@ from onecard.search.job import (
     JobFolder,
     PlayoffResult,
     RunResult,
-    job_key,
+    forget_passing,
     read,
     write,
 )
+from onecard.search.key import job_key
+from onecard.search.lock import JobLock
 from onecard.search.material import Material
 from onecard.search.options import Observer, Options, Progress
 from onecard.search.outcome import check_original, settled, throttled_notes
-from onecard.search.processes import Running, Supervisor, Task, tail, verdict_of_exit
+from onecard.search.processes import Running, Supervisor, Task, is_passing, tail, verdict_of_exit
 from onecard.search.recipes import select_recipes, traits_of
 from onecard.spec import default_buckets
 from onecard.verify.compare import THRESHOLDS, threshold_of
@@ -99,6 +102,15 @@ class Search:
             InterruptedSearch: Ctrl-C before the original was measured.
         """
         try:
+            evidence = self._search()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._lock.finish()
+        return evidence
+
+    def _search(self) -> Evidence:
+        try:
             notes = self._reference()
             self._candidates()
         except KeyboardInterrupt:
@@ -141,9 +153,12 @@ class Search:
             self.options.max_drop,
             self.options.device_memory,
         )
-        folder = JobFolder(cache_folder() / "searches" / job_key(self.model, job, self._material.digest(self._data)))
+        key = job_key(self.model, job, self._material.digest(self._data))
+        folder = JobFolder(cache_folder() / "searches" / key)
+        self._lock = JobLock(folder.root.with_name(f"{key}.lock"))
         if self.options.fresh:
             shutil.rmtree(folder.root, ignore_errors=True)
+        forget_passing(folder, self.recipes)
         if not folder.job.exists():
             shutil.rmtree(folder.root, ignore_errors=True)
             folder.root.mkdir(parents=True, mode=0o700)
@@ -195,24 +210,28 @@ class Search:
         """Build several candidates, and return those that can be run."""
         self.phase = "building"
         built = [r for r in recipes if self._is_built(r)]
-        queue = [r for r in recipes if r not in built and _artifact_of(r) not in recipes]
-        copies = [r for r in recipes if r not in built and r not in queue]
-        while queue or self._supervisor.running:
-            while queue and len(self._supervisor.running) < builders and not self._out_of_time():
-                self._supervisor.start(self._task("build", queue.pop(0), max(1, self.environment.cores // builders)))
+        own = [r for r in recipes if r not in built and _artifact_of(r) not in recipes]
+        copies = [r for r in recipes if r not in built and r not in own]
+        queue = BuildQueue(own, builders)
+        while True:
+            while not self._out_of_time() and (recipe := queue.next()) is not None:
+                self._supervisor.start(self._task("build", recipe, max(1, self.environment.cores // builders)))
             if not self._supervisor.running:
                 break
             for ended in self._until_one_ends():
                 recipe = next(r for r in recipes if r.id == ended.task.name)
                 place = self.folder.candidate(recipe)
                 if not place.build.exists():
-                    write(place.build, BuildResult(verdict_of_exit(ended), ended.seconds))
-                verdict = read(place.build, BuildResult).verdict
-                if verdict.ok:
+                    passing = is_passing(ended)
+                    write(place.build, BuildResult(verdict_of_exit(ended), ended.seconds, passing=passing))
+                build = read(place.build, BuildResult)
+                verdict = build.verdict
+                if not queue.ended(recipe, verdict):
+                    place.build.unlink()
+                elif verdict.ok:
                     built.append(recipe)
                 else:
-                    write(place.result, RunResult(verdict, limit_s=self.options.candidate_time_limit_s))
-                    self._known(recipe)
+                    self._write_failed_build(recipe, build)
         for recipe in copies:
             if self._copy(recipe):
                 built.append(recipe)
@@ -230,9 +249,14 @@ class Search:
             shutil.copytree(source.variant, place.variant)
             write(place.build, build)
             return True
-        write(place.result, RunResult(build.verdict, limit_s=self.options.candidate_time_limit_s))
-        self._known(recipe)
+        self._write_failed_build(recipe, build)
         return False
+
+    def _write_failed_build(self, recipe: Recipe, build: BuildResult) -> None:
+        """What could not be built needs no run."""
+        limit_s = self.options.candidate_time_limit_s
+        write(self.folder.candidate(recipe).result, RunResult(build.verdict, limit_s=limit_s, passing=build.passing))
+        self._known(recipe)
 
     def _run_in_turn(self, recipes: Sequence[Recipe]) -> None:
         """Run candidates one at a time; while one is measured, the next already imports what it needs."""
@@ -258,11 +282,12 @@ class Search:
         (ended,) = self._until_one_ends()
         place = self.folder.candidate(recipe)
         if not place.result.exists():
-            write(place.result, RunResult(verdict_of_exit(ended), limit_s=task.limit_s))
+            write(place.result, RunResult(verdict_of_exit(ended), limit_s=task.limit_s, passing=is_passing(ended)))
         self._known(recipe)
 
     def _task(self, role: str, recipe: Recipe, threads: int, on_call: bool = False) -> Task:
         place = self.folder.candidate(recipe)
+        place.stage.unlink(missing_ok=True)  # of the role before: this one says its own when it begins
         arguments: tuple[str, ...] = (role, str(self.folder.root), recipe.id)
         limit = self.options.candidate_time_limit_s
         arguments = (*arguments, str(limit))

@@ -28,7 +28,7 @@ from onecard.backends import get_backend
 from onecard.backends.base import native_transforms
 from onecard.bundle.variant import Site, VariantRunner, artifact_targets, load_variant
 from onecard.device_memory import limit_device_memory
-from onecard.errors import MissingDependencyError, Unsupported
+from onecard.errors import MissingDependencyError, SearchError, Unsupported
 from onecard.evidence import Compression, Measurement, Metric, Timing, Verdict
 from onecard.inputs import make_inputs
 from onecard.measure.card import CardSampler, is_throttled
@@ -103,9 +103,10 @@ def _make_reference(folder: JobFolder, job: Job, notes: tuple[str, ...]) -> None
     rows = data.inputs if data else real_inputs(folder, job)
     found = compute_reference(run, job.spec, cases, folder.reference, rows, job.device)
     metric = _evaluate(run, job, data) if job.metric and data else None
-    error = _fp64_error(run, module, job, cases[0], rows)
-    replaced = type(found)(found.cases, found.row_invariant, error, metric, (*notes, *found.notes))
-    write_reference(replaced, folder.reference)
+    found = msgspec.structs.replace(found, metric=metric, notes=(*notes, *found.notes))
+    write_reference(found, folder.reference)
+    error = _fp64_error(run, module, job, cases[0], rows)  # last: it may take more memory than there is
+    write_reference(msgspec.structs.replace(found, fp64_error=error), folder.reference)
 
 
 def _site(folder: JobFolder, job: Job) -> Site:
@@ -136,11 +137,13 @@ def _build(
     if refusal is not None:
         return refusal
     example = job.buckets[0] if job.buckets else {}
+    batch = job.spec.batch_symbol
+    least = {**example, batch: job.spec.symbols[batch].low} if batch else example  # transforms only look how it runs
     _stage(place, "loading the model")
     on_host = getattr(backend, "builds_on_host", False)  # for what may be larger than the device's memory
     place_of_build = "cpu" if on_host else job.device
     module = load_source(folder.source, allow_live=True).flat.to(place_of_build)
-    inputs = to_device(make_inputs(job.spec, example), place_of_build)
+    inputs = to_device(make_inputs(job.spec, least), place_of_build)
     work, bench = place.root / "work", None
     if recipe.compressions:
         work.mkdir(exist_ok=True)
@@ -193,6 +196,7 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
     started = time.perf_counter()
     run = load_variant(place.variant, recipe, _site(folder, job))
     load_s = time.perf_counter() - started
+    memory.loaded()
     first_ms = _first_calls(run, job, inputs, lambda bucket: _stage(place, f"first call at {bucket}"))
     peaks = memory.peak_device_bytes(), memory.peak_process_bytes()  # before the gate and the timing hold tensors too
     gate = Gate(
@@ -208,7 +212,9 @@ def _run(folder: JobFolder, recipe: Recipe, place: CandidateFolder) -> RunResult
     metric = None
     if verdict.ok and job.metric and data is not None:
         _stage(place, f"measuring {job.metric}")
-        metric = Metric(job.metric, _evaluate(run, job, data), gate.reference.metric or 0.0, data.rows)
+        if gate.reference.metric is None:
+            raise SearchError(f"the original's own {job.metric} is not known: nothing can be held to it.")
+        metric = Metric(job.metric, _evaluate(run, job, data), gate.reference.metric, data.rows)
         verdict = _judge_metric(metric, job.max_drop)
     timings: list[Timing] = []
     notes: list[str] = []

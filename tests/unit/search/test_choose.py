@@ -86,6 +86,28 @@ def test_a_gain_beyond_the_noise_is_one_on_a_noisy_machine_too():
     assert chosen(candidate(ORIGINAL, 15, 120, **noisy), candidate(FAST, 10, 80, **noisy)).chosen == FAST.id
 
 
+def test_a_tie_of_the_best_must_beat_the_original_itself():
+    slow = candidate(ORIGINAL, 10, 80, spread=0.03)
+    choice = chosen(slow, candidate(FAST, 9.6, 76.8), candidate(SMALL, 9.87, 79, peak=50))
+    assert choice.chosen == FAST.id
+
+
+def test_a_variant_whose_own_times_move_by_more_than_its_gain_has_none():
+    choice = chosen(candidate(ORIGINAL, 10, 80), candidate(FAST, 9.5, 76, spread=0.25))
+    assert (choice.chosen, firsts(choice)) == (ORIGINAL.id, [ORIGINAL.id] * 2)
+
+
+def test_where_the_original_is_chosen_for_its_noise_it_serves():
+    choice = chosen(candidate(ORIGINAL, 10, 80, spread=0.2), candidate(FAST, 9.5, 76))
+    assert (choice.chosen, firsts(choice), choice.notes) == (ORIGINAL.id, [ORIGINAL.id] * 2, ())
+
+
+def test_a_large_gain_that_is_lost_in_noise_is_told():
+    choice = chosen(candidate(ORIGINAL, 30, 240, spread=0.99), candidate(FAST, 16, 128))
+    assert choice.chosen == ORIGINAL.id
+    assert "1.88 times as good as the original, but the timings moved by 99%" in choice.notes[0]
+
+
 def test_what_did_not_pass_is_never_chosen():
     wrong = msgspec.structs.replace(candidate(FAST, 1, 1), verdict=Verdict("wrong"))
     choice = chosen(candidate(ORIGINAL, 10, 80), wrong)

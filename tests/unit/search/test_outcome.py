@@ -23,6 +23,14 @@ def test_one_that_is_too_large_is_noted_where_something_else_runs():
     assert "does not fit" in note
 
 
+def test_an_original_that_is_never_the_same_is_told_what_to_look_for():
+    with pytest.raises(SearchError, match="does not agree with itself: 2 GiB") as caught:
+        check_original(done("wrong", STREAM))
+    for cause in ("model.eval()", "random", "state", "in place"):
+        assert cause in caught.value.cure
+    assert "Buy more" not in caught.value.cure
+
+
 @pytest.mark.parametrize("candidates", [done("out_of_memory"), done("crashed", STREAM)])
 def test_without_an_original_there_is_no_search(candidates):
     with pytest.raises(SearchError, match=r"does not run here: 2 GiB.*Buy more"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from onecard.search.processes import Running, Supervisor, Task, tail, verdict_of_exit
+from onecard.search.processes import Running, Supervisor, Task, is_passing, tail, verdict_of_exit
 
 MIB = 1 << 20
 
@@ -77,6 +77,7 @@ def test_a_hang_ends_at_its_limit_and_says_what_it_was_doing(supervisor, tmp_pat
     stage.write_text("compiling B8")
     item = run(supervisor, script(tmp_path, "import time; time.sleep(60)", limit_s=0.5, stage=stage))
     verdict = verdict_of_exit(item)
+    assert not is_passing(item)
     assert verdict.reason == "timeout"
     assert verdict.detail == "it did not end within 0 s (while compiling B8)"
     assert "--candidate-time-limit" in verdict.cure
@@ -85,6 +86,7 @@ def test_a_hang_ends_at_its_limit_and_says_what_it_was_doing(supervisor, tmp_pat
 def test_what_grows_over_the_limit_is_out_of_memory(supervisor, tmp_path):
     item = run(supervisor, script(tmp_path, f"import time; block = b'x' * {400 * MIB}; time.sleep(60)"))
     verdict = verdict_of_exit(item)
+    assert is_passing(item)
     assert verdict.reason == "out_of_memory"
     assert "of main memory, the limit is 0.3 GiB" in verdict.detail
     assert "--batch" in verdict.cure
@@ -128,6 +130,7 @@ def test_a_signal_has_its_name_and_cure(name, cure, supervisor, tmp_path):
     verdict = verdict_of_exit(item)
     assert (verdict.reason, verdict.detail) == ("crashed", f"killed by {name} while loading")
     assert cure in verdict.cure
+    assert is_passing(item) == (name in ("SIGKILL", "SIGTERM"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has real-time signals")
@@ -137,7 +140,9 @@ def test_a_signal_without_a_name_has_its_number(supervisor, tmp_path):
 
 
 def test_an_exit_code_without_a_result_is_a_crash(supervisor, tmp_path):
-    verdict = verdict_of_exit(run(supervisor, script(tmp_path, "raise SystemExit(3)")))
+    item = run(supervisor, script(tmp_path, "raise SystemExit(3)"))
+    verdict = verdict_of_exit(item)
+    assert not is_passing(item)
     assert (verdict.reason, verdict.detail) == ("crashed", "it ended with exit code 3 and no result")
 
 
