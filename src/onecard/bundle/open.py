@@ -256,6 +256,12 @@ def unfit(manifest: Manifest, entry: VariantEntry, here: Environment) -> str:
     made_for = manifest.environment.device.partition(":")[0]
     if made_for != here.device.partition(":")[0] and entry.recipe != ORIGINAL:
         return f"it was made for {made_for}, not for {here.device}"
+    there = manifest.environment.device
+    if made_for == "cuda" and "inductor" in (entry.recipe.backend, entry.recipe.mode) and there != here.device:
+        return (
+            f"its code names the card that it was made on, {there}, and this is {here.device}: "
+            "let CUDA_VISIBLE_DEVICES give this card that number"
+        )
     missing = set(manifest.environment.cpu_flags) - set(here.cpu_flags)
     if missing and entry.recipe.backend in _NATIVE_CODE and here.card is None:
         return f"it was made for a processor with {', '.join(sorted(missing))}, which this one lacks"

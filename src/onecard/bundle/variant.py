@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def load_variant(folder: Path, recipe: Recipe, site: Site) -> VariantRunner:
     """
     backend = get_backend(recipe.backend)
     runners: list[tuple[Bucket | None, Runner]] = []
-    with _scope(recipe, site.device):
+    with _scope(recipe, site.device)():
         for artifact, target in artifact_targets(folder, recipe, site):
             runners.append((target.bucket, backend.load(artifact, target)))
     return VariantRunner(recipe, site.spec, site.device, runners)
@@ -88,10 +89,13 @@ class VariantRunner:
         self.recipe = recipe
         self.spec = spec
         self.device = device
+        # A CUDA graph's launches were made when it was captured.
+        self._scope = contextlib.nullcontext if recipe.backend == "cudagraph" else _scope(recipe, device)
         self._dynamic = next((runner for bucket, runner in runners if bucket is None), None)
-        self._static = {tuple(b.items()): runner for b, runner in runners if b is not None}
         self._buckets = [b for b, _ in runners if b is not None]
         self._batch = spec.batch_symbol
+        self._names = tuple(t.name for t in spec.inputs)
+        self._static = {tuple(t.concrete(b) for t in spec.inputs): runner for b, runner in runners if b is not None}
 
     def __call__(self, inputs: Tensors) -> Tensors:
         """Run on inputs that are on the device, in the spec's dtypes, contiguous, and in its range.
@@ -99,12 +103,13 @@ class VariantRunner:
         Returns:
             Named outputs on the device, owned by the caller.
         """
-        with _scope(self.recipe, self.device), torch.inference_mode():
+        with self._scope(), torch.inference_mode():
             if self._dynamic is not None:
                 return self._dynamic(inputs)
-            size = self.spec.bind({name: tensor.shape for name, tensor in inputs.items()})
-            exact = self._static.get(tuple((name, size[name]) for name in self.spec.symbols))
-            return exact(inputs) if exact is not None else self._fit(inputs, size)
+            exact = self._static.get(tuple(inputs[name].shape for name in self._names if name in inputs))
+            if exact is not None and len(inputs) == len(self._names):
+                return exact(inputs)
+            return self._fit(inputs, self.spec.bind({name: tensor.shape for name, tensor in inputs.items()}))
 
     @property
     def is_static(self) -> bool:
@@ -121,8 +126,7 @@ class VariantRunner:
         if bucket is None:
             return self._split(inputs, size)
         padded = {t.name: _pad(inputs[t.name], t, bucket) for t in self.spec.inputs}
-        key = tuple((name, bucket[name]) for name in self.spec.symbols)
-        outputs = self._static[key](padded)
+        outputs = self._static[tuple(tensor.shape for tensor in padded.values())](padded)
         return {t.name: _crop(outputs[t.name], t, size) for t in self.spec.outputs}
 
     def _split(self, inputs: Tensors, size: Bucket) -> Tensors:
@@ -155,8 +159,8 @@ def _crop(tensor: Tensor, spec: TensorSpec, size: Bucket) -> Tensor:
     return tensor[keep]
 
 
-def _scope(recipe: Recipe, device: str) -> contextlib.AbstractContextManager[None]:
-    """The fp32 switches only matter on a GPU, and only where fp32 arithmetic is left."""
+def _scope(recipe: Recipe, device: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What launches of a recipe run within: the fp32 switches matter on a GPU only, where fp32 arithmetic is left."""
     if device == "cpu" or recipe.precision in ("fp16", "bf16"):
-        return contextlib.nullcontext()
-    return precision_scope(recipe.precision)
+        return contextlib.nullcontext
+    return functools.partial(precision_scope, recipe.precision)

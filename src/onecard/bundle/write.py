@@ -26,11 +26,13 @@ def new_bundle(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes the bundle when the block ends well and vanishes when it does not.
 
     Args:
-        out: the bundle's folder, absolute; an older bundle there is replaced at the very end.
+        out: the bundle's folder, absolute; an older bundle there is replaced at the very end. Where it is a link,
+            the folder that it leads to.
 
     Raises:
         StorageError: the folder cannot be written, the disk is full, or something else lies there.
     """
+    out = _followed(out)
     check_writable(out)
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     with explained_storage(out):
@@ -49,6 +51,7 @@ def check_writable(out: Path) -> None:
     Raises:
         StorageError: the folder above cannot be written, or something that is no bundle is in the way.
     """
+    out = _followed(out)
     with explained_storage(out):
         if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
             raise StorageError(f"{out} exists and is no onecard bundle.", "Choose another with -o, or remove it.")
@@ -56,6 +59,11 @@ def check_writable(out: Path) -> None:
         probe = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.probe")
         probe.mkdir()
         probe.rmdir()
+
+
+def _followed(out: Path) -> Path:
+    """The folder itself: to exchange a link would leave the old bundle where others look for it."""
+    return Path(os.path.realpath(out))
 
 
 def _replace(aside: Path, out: Path) -> None:

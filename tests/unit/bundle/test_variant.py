@@ -179,3 +179,11 @@ def test_artifacts_of_a_static_variant_share_and_come_largest_first(tmp_path):
 def test_a_dynamic_variant_is_one_artifact(tmp_path):
     found = list(artifact_targets(tmp_path, Recipe("eager"), Site(IMAGE, ({"B": 1}, {"B": 4}), "cpu", tmp_path)))
     assert [(folder.name, target.bucket) for folder, target in found] == [(DYNAMIC, None)]
+
+
+@pytest.mark.parametrize("inputs", [{}, {"y": torch.ones(2, 3)}, {"x": torch.ones(2, 3), "z": torch.ones(2, 3)}])
+def test_a_bucket_s_own_size_is_no_way_around_the_names(inputs):
+    run, parts = variant(IMAGE, {"B": 2})
+    with pytest.raises(SpecError, match="takes inputs"):
+        run(inputs)
+    assert not parts["B2"].calls

@@ -62,6 +62,26 @@ def test_an_old_bundle_is_replaced_at_the_very_end(old):
     assert neighbours(old) == [old.name]
 
 
+def test_a_link_is_followed(old):
+    link = old.parent / "link"
+    link.symlink_to(old)
+    check_writable(link)
+    with new_bundle(link) as folder:
+        fill(folder, "new")
+    assert link.is_symlink()
+    assert content(old) == "new"
+    assert sorted(neighbours(old)) == ["link", old.name]
+
+
+def test_a_link_to_nothing_yet_is_followed(out):
+    link = out.parent / "link"
+    link.symlink_to(out.parent / "disk" / "bundle")
+    with new_bundle(link) as folder:
+        fill(folder, "new")
+    assert link.is_symlink()
+    assert content(out.parent / "disk" / "bundle") == "new"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_block_that_raises_leaves_nothing_behind(error, out):
     with pytest.raises(error), new_bundle(out) as folder:
