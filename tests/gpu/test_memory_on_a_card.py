@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from onecard.measure.memory import MemoryWatch
 from onecard.memory.plan import PlanOptions, make_plan
 from tests.unit.memory.planned_models import IMAGE, ResNet
 
@@ -58,3 +59,20 @@ def test_too_little_is_out_of_memory_at_the_limit(cache):
     assert "at the limit of 0.02 GiB" in row.verdict.detail
     assert row.fits is False
     assert plan.advice
+
+
+def test_what_a_graph_keeps_for_its_replays_is_in_use():
+    torch.cuda.empty_cache()
+    watch = MemoryWatch("cuda:0")
+    before = torch.cuda.memory_allocated()
+    x = torch.ones(1 << 20, device="cuda:0")  # 4 MiB
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = x.repeat(64).mul(2).view(64, -1).sum(0)  # two times 256 MiB on the way
+    watch.loaded()
+    graph.replay()
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20  # the allocator's own word
+    found = watch.peak_allocated_bytes() - before
+    assert 500 << 20 < found < 700 << 20
+    assert answer[0].item() == 128
+    graph.reset()

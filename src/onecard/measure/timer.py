@@ -136,11 +136,12 @@ class Stopwatch:
             self.period_ms.append((time.perf_counter_ns() - start) / 1e6 / calls)
             return
         begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        stream = torch.cuda.current_stream(self.device)  # of this card, which need not be the current one
         start = time.perf_counter_ns()
-        begin.record()
+        begin.record(stream)
         for _ in range(calls):
             self.run(self._take())
-        finish.record()
+        finish.record(stream)
         synchronise(self.device)
         self.period_ms.append((time.perf_counter_ns() - start) / 1e6 / calls)
         self.device_ms.append(begin.elapsed_time(finish) / calls)

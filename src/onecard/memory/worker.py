@@ -83,19 +83,17 @@ def _measure_cuda(job: Job) -> Measured:
     if job.limit_bytes:
         limit_device_memory(job.device, job.limit_bytes)
     loaded = _load(job)
-    torch.cuda.synchronize(job.device)
+    watch.loaded()
     loaded_bytes = int(torch.cuda.memory_allocated(job.device))
     inputs = {name: t.to(job.device) for name, t in make_inputs(job.spec, job.bucket).items()}
     _stage(job, "running")
     for _ in range(_CALLS):
         loaded.run(inputs)
-    allocated_and_outside = watch.peak_device_bytes()
-    allocated = int(torch.cuda.max_memory_allocated(job.device))
     return Measured(
         loaded_bytes=loaded_bytes,
-        allocated_bytes=allocated,
-        reserved_bytes=int(torch.cuda.max_memory_reserved(job.device)),
-        outside_bytes=allocated_and_outside - allocated,
+        allocated_bytes=watch.peak_allocated_bytes(),
+        reserved_bytes=watch.peak_reserved_bytes(),
+        outside_bytes=watch.outside_bytes(),
         limit_bytes=job.limit_bytes,
         how="cuda",
         seconds=time.monotonic() - started,
