@@ -58,8 +58,9 @@ class CudaGraphRunner:
                     inner(self._inputs)
             torch.cuda.current_stream(target.device).wait_stream(stream)
             try:
-                torch.cuda.empty_cache()  # what warming up left behind would never be used again
-                with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+                # Entering gives back what warming up left behind. Other threads may serve meanwhile: only what this
+                # one does must be fit to be recorded.
+                with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self._outputs: dict[str, Tensor] = inner(self._inputs)
             except RuntimeError as error:
                 if "captur" not in str(error):
@@ -88,7 +89,9 @@ def _shared(target: Target) -> tuple[Any, torch.cuda.Stream]:
     """
     key = "cuda graph"
     if key not in target.memo:
-        stream = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
+        # Of another priority than all others, since PyTorch hands the 32 streams of each out in turn: a model that
+        # serves must not be on the stream that is recorded.
+        stream = torch.cuda.Stream(target.device, priority=-1)  # type: ignore[no-untyped-call]
         target.memo[key] = torch.cuda.graph_pool_handle(), stream
     shared: tuple[Any, torch.cuda.Stream] = target.memo[key]
     return shared
