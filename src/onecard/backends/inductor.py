@@ -29,9 +29,12 @@ import torch
 from torch import Tensor, fx
 
 from onecard.backends.base import Runner, Target, Tensors
+from onecard.backends.enlarge import enlarge_last
 from onecard.backends.export import export_program, quiet_export
 from onecard.backends.layout import lay_out_products
+from onecard.backends.order import order_for_memory
 from onecard.backends.packing import Constant, Packings, load_constant
+from onecard.backends.pointwise import respell_pointwise
 from onecard.backends.tensors import TensorStore
 from onecard.errors import Unsupported
 from onecard.evidence import Verdict
@@ -164,9 +167,15 @@ def _compile(program: torch.export.ExportedProgram, target: Target) -> _Captured
         graphs.append((gm, compiled, compiled.current_callable))
         return compiled
 
-    gm = lay_out_products(program.module())
+    gm = respell_pointwise(enlarge_last(lay_out_products(program.module())))
     example = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    options = {"freezing": True, "fx_graph_cache": False, "triton.cudagraphs": False, "graph_partition": False}
+    options = {
+        "freezing": True,
+        "fx_graph_cache": False,
+        "triton.cudagraphs": False,
+        "graph_partition": False,
+        "post_grad_custom_post_pass": order_for_memory,
+    }
     with (
         config.patch(options),
         precision_scope(target.recipe.precision),
