@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from onecard.calibration.bench import Bench
 from onecard.models.flat import FlatModule
@@ -170,7 +171,9 @@ def _answer_dtype(dtype: torch.dtype, device: str, rowwise: bool, has_bias: bool
 
 
 def _tensor_scale(tensor: Tensor) -> Tensor:
-    return tensor.abs().amax().float().clamp_min(SMALLEST_AMAX) / LARGEST
+    """The scale of a whole ``[M, K]``; M may be 0, as for an expert without tokens, where a maximum is not defined."""
+    rows = tensor.abs().amax(-1)  # [M]
+    return F.pad(rows, (0, 1)).amax().float().clamp_min(SMALLEST_AMAX) / LARGEST
 
 
 def _compress(

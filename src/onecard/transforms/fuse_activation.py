@@ -68,18 +68,18 @@ def fuse_activation(module: FlatModule, inputs: dict[str, Tensor]) -> FlatModule
     """
     restore_activations(module)
     with watch.exact_run():
-        inputs = watch.normal_inputs(inputs)
         pairs, refused = _find_pairs(module, inputs)
         if not pairs:
             raise _none(module, refused)
         names = {child: name for name, child in module.named_modules()}
 
         def change() -> None:
+            made: dict[nn.Module, nn.Module] = {}
             for pair in pairs:
                 mark = names[pair.activation]
-                module.set_submodule(names[pair.layer], ActivatedLayer(pair.layer, pair.kind, mark))
-            for activation in {pair.activation: None for pair in pairs}:
-                module.set_submodule(names[activation], SkippedActivation(activation, names[activation]))
+                made[pair.layer] = ActivatedLayer(pair.layer, pair.kind, mark)
+                made[pair.activation] = SkippedActivation(pair.activation, mark)
+            watch.replace(module, made)
 
         return watch.rewrite(module, inputs, change, "fusing activations")
 

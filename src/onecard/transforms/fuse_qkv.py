@@ -6,6 +6,7 @@ The weights are stacked and the answer is split: one wide product uses a card be
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from contextlib import ExitStack
 from typing import Any
@@ -35,30 +36,58 @@ def fuse_qkv(module: FlatModule, inputs: dict[str, Tensor]) -> FlatModule:
         Unsupported: no two sibling linears read the same tensor, or the answers would change.
     """
     with watch.exact_run():
-        inputs = watch.normal_inputs(inputs)
         groups = _find_groups(module, inputs)
         if not groups:
             raise Unsupported("no two linear layers of one module read the same tensor")
         names = {child: name for name, child in module.named_modules()}
 
         def change() -> None:
+            links: list[_Link] = []
             for group in groups:
-                for layer, piece in zip(group, stack(group), strict=True):
+                pieces = stack(group)
+                links.append(pieces[0]._link)
+                for layer, piece in zip(group, pieces, strict=True):
                     module.set_submodule(names[layer], piece)
+            module.register_forward_hook(_Forget(tuple(links)), always_call=True)
 
         return watch.rewrite(module, inputs, change, "fusing linear layers")
 
 
-class _Link:
-    """What the pieces of one stacked linear share; no module, so that its weight is registered once.
+class _Cells(threading.local):
+    """The last input, with the pieces nobody has asked for yet, of one thread."""
 
-    ``cell`` is the last input with the pieces nobody has asked for yet. It is replaced as a whole, so that
-    two threads may run the module: whoever finds another's cell computes for itself.
-    """
+    last: tuple[Tensor, dict[int, Tensor]] | None = None
+
+
+class _Link:
+    """What the pieces of one stacked linear share; no module, so that its weight is registered once."""
 
     def __init__(self) -> None:
         self.stacked: StackedLinear | None = None
-        self.cell: tuple[Tensor, dict[int, Tensor]] | None = None
+        self.cells = _Cells()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"stacked": self.stacked}  # cells belong to threads, and cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.stacked, self.cells = state["stacked"], _Cells()
+
+
+class _Forget:
+    """A hook behind the whole module's call: a call that did not run all pieces leaves nothing to the next.
+
+    The next may come with the same tensor object, filled anew. An object, so that a copied module has its own links.
+
+    Args:
+        links: of all groups.
+    """
+
+    def __init__(self, links: tuple[_Link, ...]) -> None:
+        self.links = links
+
+    def __call__(self, module: nn.Module, args: Any, answer: Any) -> None:
+        for link in self.links:
+            link.cells.last = None
 
 
 class StackedLinear(nn.Module):
@@ -79,7 +108,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = self.split(x)
-        self._link.cell = (x, dict(enumerate(others, 1)))
+        self._link.cells.last = (x, dict(enumerate(others, 1)))
         return first
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -97,18 +126,18 @@ class LinearPiece(nn.Module):
         self._link = link
 
     def forward(self, x: Tensor) -> Tensor:
-        cell = self._link.cell
+        cell = self._link.cells.last
         if cell is not None and cell[0] is x and self.position in cell[1]:
             part = cell[1].pop(self.position)
             if not cell[1]:
-                self._link.cell = None  # nothing of this call is kept alive
+                self._link.cells.last = None  # nothing of this call is kept alive
             return part
         assert self._link.stacked is not None  # set when the group was made
         return self._link.stacked.split(x)[self.position]
 
 
 @torch.no_grad()
-def stack(group: tuple[nn.Linear, ...]) -> list[nn.Module]:
+def stack(group: tuple[nn.Linear, ...]) -> list[StackedLinear | LinearPiece]:
     """One module for each member of a group, which together hold a single linear."""
     first = group[0]
     sizes = tuple(layer.out_features for layer in group)
@@ -119,7 +148,7 @@ def stack(group: tuple[nn.Linear, ...]) -> list[nn.Module]:
     if biased:
         linear.bias.copy_(torch.cat(tuple(_bias(layer) for layer in group)))
     link = _Link()
-    modules: list[nn.Module] = [
+    modules: list[StackedLinear | LinearPiece] = [
         StackedLinear(linear, sizes, link),
         *(LinearPiece(i, link) for i in range(1, len(group))),
     ]

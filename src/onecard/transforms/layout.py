@@ -18,7 +18,9 @@ def channels_last(module: FlatModule, inputs: dict[str, Tensor]) -> FlatModule:
     """
     if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in module.inner.modules()):
         raise Unsupported("the model has no 2-D convolution that a channels-last layout could help")
-    module.inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for tensor in (*module.inner.parameters(), *module.inner.buffers()):
+        if tensor.dim() == 4:  # noqa: PLR2004 - [O, I, H, W]; others have no such order
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     module.channels_last = True
     try:
         with torch.inference_mode():

@@ -23,6 +23,8 @@ from onecard.calibration.settle import settle
 from onecard.errors import Unsupported
 from onecard.evidence import LayerError
 from onecard.models.flat import FlatModule, by_name
+from onecard.transforms import watch
+from onecard.transforms.open_attention import leave_fast_path, open_attention
 
 MINMAX, PERCENTILE = "minmax", "percentile"
 """How a static scale is found: the largest magnitude of all rows, or what all but one value in 10,000 stay below."""
@@ -98,26 +100,29 @@ class GemmLayer(nn.Module):
 
     Args:
         product: ``[M, K] -> [M, N]``.
+        inputs: K.
         outputs: N.
         is_image: the channels are the third dimension from the end, not the last.
     """
 
-    def __init__(self, product: nn.Module, outputs: int, is_image: bool) -> None:
+    def __init__(self, product: nn.Module, inputs: int, outputs: int, is_image: bool) -> None:
         super().__init__()
         self.product = product
-        self.outputs = outputs
+        self.in_features, self.out_features = inputs, outputs  # the names that models ask a linear layer for
         self.is_image = is_image
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's answer, in the dtype of its input; an image comes out channels-last."""
         x = input.movedim(-3, -1) if self.is_image else input  # of a channels-last image this is a view
         rows = x.reshape(-1, x.shape[-1])  # [M, K]
-        answer: Tensor = self.product(rows).to(input.dtype).reshape(*x.shape[:-1], self.outputs)
+        answer: Tensor = self.product(rows).to(input.dtype).reshape(*x.shape[:-1], self.out_features)
         return answer.movedim(-1, -3) if self.is_image else answer
 
 
 def compress(module: FlatModule, bench: Bench, scheme: Scheme) -> FlatModule:
     """Swap the layers that a scheme fits, but those that have to be kept for the answers' sake.
+
+    The projections of ``nn.MultiheadAttention`` are made layers first (:func:`open_attention`).
 
     Args:
         module: after any cast; the caller gives it up.
@@ -130,7 +135,8 @@ def compress(module: FlatModule, bench: Bench, scheme: Scheme) -> FlatModule:
     Raises:
         Unsupported: no layer fits, or a static scale lacks calibration rows.
     """
-    layers = find_layers(module, scheme)
+    module = open_attention(module, bench.inputs)
+    layers = _leave_read(module, find_layers(module, scheme), bench)
     ranges: Mapping[str, Range] = watch_ranges(module, layers, bench) if layers and scheme.methods else {}
     if scheme.methods:
         layers = {name: layer for name, layer in layers.items() if name in ranges}
@@ -156,15 +162,16 @@ def compress(module: FlatModule, bench: Bench, scheme: Scheme) -> FlatModule:
 def find_layers(module: FlatModule, scheme: Scheme) -> dict[str, nn.Module]:
     """The layers that a scheme fits by their names in ``module.inner``, each once.
 
-    Subclasses of ``nn.Linear`` are left alone: their owners read the weight itself (``nn.MultiheadAttention``
-    does), and would go on without compression or fail. 1x1 convolutions count only in a channels-last model,
-    where pixels are rows without a copy.
+    Subclasses of ``nn.Linear`` are left alone: their owners read the weight itself (an ``nn.MultiheadAttention``
+    that could not be opened does), and would go on without compression or fail. 1x1 convolutions count only in a
+    channels-last model, where pixels are rows without a copy.
     """
     return {
         name: layer
         for name, layer in module.inner.named_modules()
         if (type(layer) is nn.Linear or (scheme.convolutions and module.channels_last and _is_pointwise(layer)))
         and isinstance(layer.weight, nn.Parameter)
+        and watch.is_plain(layer)
         and layer.weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and scheme.fits(as_gemm(layer))
     }
@@ -187,15 +194,50 @@ def swap(module: FlatModule, products: Mapping[str, nn.Module]) -> None:
     """
     inner = module.inner
     made = {inner.get_submodule(name): product for name, product in products.items()}
-    made = {layer: GemmLayer(product, as_gemm(layer).outputs, _is_image(layer)) for layer, product in made.items()}
-    for name, layer in list(inner.named_modules(remove_duplicate=False)):  # a layer may have several names
-        if layer in made and name:
-            inner.set_submodule(name, made[layer].eval())
-        elif layer in made:
-            module.inner = made[layer].eval()
-    for part in inner.modules():
-        if isinstance(part, nn.TransformerEncoderLayer):
-            part.activation_relu_or_gelu = 0  # its fast path reads the weights of the layers that are gone
+    made = {layer: _gemm_layer(product, layer) for layer, product in made.items()}
+    watch.replace(module, made)
+    leave_fast_path(inner)  # it reads the weights of the layers that are gone
+
+
+def _gemm_layer(product: nn.Module, layer: nn.Module) -> GemmLayer:
+    gemm = as_gemm(layer)
+    return GemmLayer(product, gemm.inputs, gemm.outputs, _is_image(layer)).eval()
+
+
+class _Bare(nn.Module):
+    """A layer that notes whether anybody asks for what a :class:`GemmLayer` does not have, such as its weight."""
+
+    def __init__(self, layer: nn.Module, note: Callable[[], None]) -> None:
+        super().__init__()
+        shape = as_gemm(layer)
+        self.in_features, self.out_features = shape.inputs, shape.outputs
+        self.__dict__.update(_layer=layer, _note=note)  # no child, which would be found beside it
+
+    def forward(self, input: Tensor) -> Tensor:
+        answer: Tensor = self.__dict__["_layer"](input)
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        answer = getattr(self.__dict__["_layer"], name)
+        self.__dict__["_note"]()
+        return answer
+
+
+@torch.inference_mode()
+def _leave_read(module: FlatModule, layers: dict[str, nn.Module], bench: Bench) -> dict[str, nn.Module]:
+    """The layers but those of which the model itself reads the weight, as T5 does for its dtype: seen in one run."""
+    if not layers:
+        return layers
+    read: set[str] = set()
+    copied = copy_module(module)
+    bare: dict[nn.Module, nn.Module] = {}
+    for name in layers:
+        layer = copied.inner.get_submodule(name)
+        bare[layer] = _Bare(layer, partial(read.add, name)).eval()
+    watch.replace(copied, bare)
+    leave_fast_path(copied)
+    copied(*(bench.inputs[name].clone() for name in copied.plan.inputs))
+    return {name: layer for name, layer in layers.items() if name not in read}
 
 
 def copy_module(module: FlatModule) -> FlatModule:
@@ -223,6 +265,8 @@ def watch_ranges(module: FlatModule, layers: Mapping[str, nn.Module], bench: Ben
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
+        if not x.numel():  # an expert without tokens
+            return
         magnitudes = x.detach().flatten().abs().float()
         above = max(1, int(magnitudes.numel() * _ABOVE_PERCENTILE))
         seen[name].append(torch.topk(magnitudes, above).values[[0, -1]])

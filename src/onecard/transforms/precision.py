@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,13 +70,66 @@ def precision_scope(precision: str) -> Iterator[None]:
         precision: ``tf32`` allows TF32 in matrix products and convolutions; anything else forbids it, so
             that fp32 means IEEE fp32 (PyTorch itself allows TF32 in convolutions by default).
     """
-    allow = precision == "tf32"
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the newer per-backend switches are not read by inductor yet
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32, cudnn.allow_tf32 = allow, allow
+        before = _read_switches()
+        _set_switches(_TF32 if precision == "tf32" else _IEEE)
         try:
             yield
         finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+            _set_switches(before)
+
+
+class _Switches(NamedTuple):
+    """What fp32 arithmetic depends on: the older switches, and the newer ones, which they set and can disagree with."""
+
+    matmul: str
+    cudnn: bool
+    operators: tuple[str, ...]
+
+
+_OPERATORS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+)
+"""The newer switches."""
+
+_IEEE = _Switches("highest", False, ("ieee",) * len(_OPERATORS))
+_TF32 = _Switches("high", True, ("tf32",) * len(_OPERATORS))
+
+
+def _read_switches() -> _Switches:
+    """The switches so that setting them brings all back; an older one is inferred where it cannot be read."""
+    matmul, convolution, recurrent, on_cpu = operators = tuple(switch.fp32_precision for switch in _OPERATORS)
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it disagrees with the newer switches
+        older = _infer_matmul(matmul, on_cpu)
+    try:
+        cudnn: bool = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # likewise
+        cudnn = convolution != recurrent or convolution != "tf32"
+    cuda, cpu = torch.backends.cudnn.fp32_precision, torch.backends.mkldnn.fp32_precision
+    # What a switch has from the one above it, it shall go on to have from there.
+    own = ("none" if it == above else it for it, above in zip(operators, (cuda, cuda, cuda, cpu), strict=True))
+    return _Switches(older, cudnn, tuple(own))
+
+
+def _infer_matmul(on_cuda: str, on_cpu: str) -> str:
+    """The older switch of matrix products, from what it disagrees with."""
+    try:
+        allows: bool = torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        allows = on_cuda != "tf32"
+    if not allows:
+        return "highest"
+    return "high" if on_cpu == "bf16" else "medium"
+
+
+def _set_switches(switches: _Switches) -> None:
+    torch.set_float32_matmul_precision(switches.matmul)
+    torch.backends.cudnn.allow_tf32 = switches.cudnn
+    for switch, own in zip(_OPERATORS, switches.operators, strict=True):  # last, for the older ones set them too
+        switch.fp32_precision = own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -23,18 +23,17 @@ def exact_run() -> Iterator[None]:
         yield
 
 
-def normal_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of example inputs that are no inference tensors; to be called inside :func:`exact_run`."""
-    return {name: tensor.clone() for name, tensor in inputs.items()}
+def run(module: FlatModule, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The flat module's answers to named inputs; to be called inside :func:`exact_run`.
 
-
-def run(module: FlatModule, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """The flat module's answers to named inputs."""
-    answers: tuple[Tensor, ...] = module(*(inputs[name] for name in module.plan.inputs))
+    The module gets copies that are no inference tensors, and may change them in place: the next run, and the caller,
+    have the inputs as they were.
+    """
+    answers: tuple[Tensor, ...] = module(*(inputs[name].clone() for name in module.plan.inputs))
     return answers
 
 
-def watch(module: FlatModule, inputs: dict[str, Tensor], hooks: Callable[[ExitStack], None]) -> None:
+def watch(module: FlatModule, inputs: Mapping[str, Tensor], hooks: Callable[[ExitStack], None]) -> None:
     """Run a module once with hooks that are gone afterwards.
 
     Args:
@@ -47,7 +46,7 @@ def watch(module: FlatModule, inputs: dict[str, Tensor], hooks: Callable[[ExitSt
         run(module, inputs)
 
 
-def rewrite(module: FlatModule, inputs: dict[str, Tensor], change: Callable[[], None], what: str) -> FlatModule:
+def rewrite(module: FlatModule, inputs: Mapping[str, Tensor], change: Callable[[], None], what: str) -> FlatModule:
     """Change a module and see that its answers stay.
 
     Args:
@@ -73,6 +72,13 @@ def rewrite(module: FlatModule, inputs: dict[str, Tensor], change: Callable[[], 
         if not moved <= _TOLERANCE:
             raise Unsupported(f"{what} changes the answers by {moved:.1e}: a tensor is also used somewhere unseen")
     return module
+
+
+def replace(module: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules in the place of old ones, in place; one may have several names."""
+    for name, child in list(module.named_modules(remove_duplicate=False)):
+        if child in made:
+            module.set_submodule(name, made[child])
 
 
 def relative_l2(out: Tensor, ref: Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onecard.backends.export import quiet_export
 from onecard.errors import Unsupported
@@ -175,7 +175,8 @@ def test_torchs_own_encoder_layer_goes_its_slow_way(norm_first: bool) -> None:
     with torch.no_grad():
         wanted = flat(encoder)(x)[0]
         module = compressed("fp8", flat(encoder), bench())
-        assert swapped(module) == ("layers.0.linear1", "layers.0.linear2")
+        layers = ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
+        assert swapped(module) == tuple(f"layers.0.{name}" for name in layers)
         assert 0.002 < error(module(x)[0], wanted) < 0.1
 
 
@@ -189,3 +190,64 @@ def test_layers_of_one_input_quantise_it_once(tmp_path: Path) -> None:
         return sum(node.kwargs.get("dtype") == FP8 for node in g.nodes)
 
     assert (casts(graph), casts(fx_graph_cse(graph))) == (5, 3)
+
+
+class Experts(nn.Module):
+    """Two of which the second gets no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 32)
+        answer, chosen = self.first(tokens), tokens[:, 0] > 1e6
+        answer[chosen] = self.second(tokens[chosen])
+        return answer.reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layers"),
+    [
+        ("fp8_tensor", ("first", "second")),
+        ("fp8_static", ("first",)),  # the other has no range
+    ],
+)
+@torch.no_grad()
+def test_an_expert_without_tokens_is_no_error(scheme: str, layers: tuple[str, ...]) -> None:
+    module = compressed(scheme, flat(Experts), bench())
+    assert swapped(module) == layers
+    assert 0.002 < error(module(rows())[0], flat(Experts)(rows())[0]) < 0.1
+
+
+class ReadsWeights(nn.Module):
+    """As transformers' T5DenseActDense, which casts to the dtype of its second layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.last = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x).relu()
+        return self.last(self.down(x.to(self.down.weight.dtype)).reshape(-1, self.last.in_features)).view(len(x), 6, -1)
+
+
+@pytest.mark.parametrize("scheme", NAMES)
+@torch.no_grad()
+def test_a_layer_whose_weight_the_model_reads_is_left(scheme: str) -> None:
+    module = compressed(scheme, flat(ReadsWeights), bench())
+    assert swapped(module) == ("up", "last")
+    assert (module.inner.last.in_features, module.inner.last.out_features) == (32, 32)
+    assert 0.002 < error(module(rows())[0], flat(ReadsWeights)(rows())[0]) < 0.1
+
+
+@torch.no_grad()
+def test_a_layer_with_a_hook_keeps_it() -> None:
+    def hooked() -> nn.Module:
+        model = Attention()
+        model.up.register_forward_hook(lambda layer, args, answer: answer * 2)
+        return model
+
+    module = compressed("fp8", flat(hooked), bench())
+    assert swapped(module) == tuple(name for name in ALIGNED if name != "up")
+    assert error(module(rows())[0], flat(hooked)(rows())[0]) < 0.1

@@ -1,5 +1,6 @@
 """Linears that read one tensor become one, answers stay, and whoever is called alone still answers."""
 
+import contextlib
 import copy
 import threading
 
@@ -57,7 +58,7 @@ def test_three_become_one_and_answers_stay():
     assert sum(isinstance(m, nn.Linear) for m in fused.modules()) == 2
     assert sum(p.numel() for p in fused.parameters()) == sum(p.numel() for p in module.parameters()) + 16  # key's bias
     torch.testing.assert_close(fused(other), module(other))
-    assert fused.inner.query._link.cell is None  # no activation outlives the call
+    assert fused.inner.query._link.cells.last is None  # no activation outlives the call
 
 
 def products(module: nn.Module, call) -> list[int]:
@@ -123,6 +124,60 @@ def test_two_threads_do_not_mix_their_pieces():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+class Gated(nn.Module):
+    """What part of the model runs depends on the request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, part: Tensor) -> Tensor:
+        if part.item() == 2:
+            raise ValueError("no such part" if self.a(x).dim() else "")
+        return self.b(x) if part.item() == 1 else self.a(x) if part.item() else self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@torch.inference_mode()
+def test_a_call_that_runs_only_the_first_leaves_nothing_to_the_next(copied):
+    torch.manual_seed(0)
+    module = FlatModule(Gated(), positional(("x", "part"))).eval()
+    both, first, second, failing = (torch.tensor(i) for i in (0, -1, 1, 2))
+    fused = apply_transforms(copy.deepcopy(module), ["fuse_qkv"], {"x": torch.randn(2, 8), "part": both})
+    assert kinds(fused) == (1, 1)
+    fused = copy.deepcopy(fused) if copied else fused
+    buffer = torch.randn(2, 8)
+    for part in (first, failing):
+        with contextlib.suppress(ValueError):
+            fused(buffer, part)
+        assert fused.inner.a._link.cells.last is None  # no activation outlives the call
+        buffer.normal_()
+        torch.testing.assert_close(fused(buffer, second), module(buffer, second))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own
+@torch.inference_mode()
+def test_a_copy_has_pieces_of_its_own_and_a_traced_or_compiled_module_answers_alike():
+    module, x, other = flat(Attention()), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    fused = fuse(module, x)
+    again = copy.deepcopy(fused).inner
+    assert again.query._link is again.value._link is not fused.inner.query._link
+    assert again.query._link.stacked is again.query
+    for run in (torch.jit.trace(fused, (x,)), torch.compile(fused, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(run(other), module(other))
+
+
+@torch.inference_mode()
+def test_threads_have_cells_of_their_own():
+    fused = fuse(flat(Attention()), torch.randn(2, 5, 16)).inner
+    x = torch.randn(2, 5, 16)
+    fused.query(x)
+    thread = threading.Thread(target=fused.query, args=(x.clone(),))
+    thread.start()
+    thread.join()
+    assert products(fused, lambda: fused.key(x)) == []  # still there
 
 
 def test_an_hf_encoder_is_fused_the_same_way_every_time():

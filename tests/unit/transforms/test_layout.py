@@ -41,3 +41,23 @@ def test_layout_changes_inside_and_answers_stay():
 def test_a_model_without_2d_convolutions_is_refused(model):
     with pytest.raises(Unsupported, match="no 2-D convolution"):
         apply_transforms(FlatModule(model, positional(("x",))), ["channels_last"], {})
+
+
+class Mixed(nn.Module):
+    """Beside its 2-D convolution, a 3-D one, whose weight has five dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.deep = nn.Conv2d(3, 4, 3), nn.Conv3d(4, 4, (1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.deep(self.flat(x).unsqueeze(2))
+
+
+@torch.inference_mode()
+def test_tensors_of_other_dimensions_stay_as_they_are():
+    module, x = FlatModule(Mixed(), positional(("x",))).eval(), torch.randn(2, 3, 8, 8)
+    changed = apply_transforms(copy.deepcopy(module), ["channels_last"], {"x": x})
+    assert changed.inner.flat.weight.is_contiguous(memory_format=torch.channels_last)
+    assert changed.inner.deep.weight.is_contiguous()
+    torch.testing.assert_close(changed(x), module(x), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -110,3 +112,55 @@ def test_precision_scope_restores_after_an_error_and_inside_another():
         assert flags() == (True, True)
         _ = 1 / 0
     assert flags() == before
+
+
+SETTINGS = {
+    "default": "pass",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "new matmul tf32": "b.cuda.matmul.fp32_precision = 'tf32'",
+    "new matmul ieee": "b.cuda.matmul.fp32_precision = 'ieee'",
+    "new convolution ieee": "b.cudnn.conv.fp32_precision = 'ieee'",
+    "new cpu bf16": "b.mkldnn.matmul.fp32_precision = 'bf16'",
+    "new tf32": "b.fp32_precision = 'tf32'",
+    "new ieee": "b.fp32_precision = 'ieee'",
+    "both": "torch.set_float32_matmul_precision('medium'); b.cuda.matmul.fp32_precision = 'ieee'",
+}
+CHECK = """
+import sys
+import torch
+from onecard.transforms.precision import precision_scope
+
+b = torch.backends
+PLACES = (b, b.cudnn, b.mkldnn, b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv)
+OLD = (torch.get_float32_matmul_precision, lambda: b.cuda.matmul.allow_tf32, lambda: b.cudnn.allow_tf32)
+
+def read(get):
+    try:
+        return get()
+    except RuntimeError:
+        return "raises"
+
+def state():
+    return [read(get) for get in OLD] + [place.fp32_precision for place in PLACES]
+
+def within(allow):
+    name = "tf32" if allow else "ieee"
+    assert [read(get) for get in OLD] == ["high" if allow else "highest", allow, allow], state()
+    assert {place.fp32_precision for place in PLACES[3:7]} == {name}, state()
+
+exec(sys.argv[1])
+before = state()
+with precision_scope("fp32"):
+    within(False)
+    with precision_scope("tf32"):
+        within(True)
+    within(False)
+assert state() == before, (before, state())
+"""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_a_process_had_set_is_there_again(name):
+    done = subprocess.run([sys.executable, "-c", CHECK, SETTINGS[name]], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
