@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+
+import msgspec
 
 from onecard.bundle.open import OnecardWarning
 from onecard.bundle.tuning_file import read_tuning
@@ -23,7 +26,7 @@ from onecard.runtime.limits import BatchPolicy
 from onecard.runtime.served import Served
 from onecard.runtime.setting_search import LEAST_REQUESTS, SearchOptions, SettingSearch
 from onecard.runtime.tune_bench import Bench, OpenModel
-from onecard.tuning import LoadPoint, Tuning
+from onecard.tuning import LoadPoint, Setting, Tuning
 
 DEFAULT_LIMITS_MS = (5.0, 20.0, 100.0)
 DEFAULT_LANES = (1, 2)
@@ -32,6 +35,7 @@ DEFAULT_LANES = (1, 2)
 _CURVE_SHARE = 0.5  # of the time limit, at most
 _SEARCH_S = 10.0  # of one limit on one number of lanes, roughly
 _MOST_LANES = 16
+_SENDER_LATE = "the sender of the requests, which shares Python with the engine, was late itself"
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def tune(
         if all(point.failed for point in points):
             raise EngineError(f"no batch size could be measured: {points[0].failed}.", "See onecard doctor.")
         search = _search(bench, plan, points, began + options.time_limit_s, told)
-        settings = search.run()
+        settings = [_with_sender(setting, search.sender_bound) for setting in search.run()]
         lengths = _lengths(bench.model)
     return Tuning(
         plan.device,
@@ -203,12 +207,24 @@ def tuned_options(folder: str | Path, p99_limit_ms: float | None = None, device:
         return _options(found.batch, 0.0, found.lanes, ingest) if found else EngineOptions(ingest=ingest)
     setting = tuning.setting(p99_limit_ms) if tuning else None
     if setting is None:
-        kept = [f"{s.p99_limit_ms:g} ms" for s in tuning.settings if not s.failed] if tuning else []
-        raise UsageError(
-            f"{folder} was tuned for no p99 of {p99_limit_ms:g} ms or less (but for {', '.join(kept) or 'none'}).",
-            f"Run: onecard tune {folder} --p99 {p99_limit_ms:g}ms.",
-        )
+        raise _untuned(folder, p99_limit_ms, tuning)
     return _options(setting.batch, setting.max_delay_ms / 1e3, setting.lanes, ingest)
+
+
+def _untuned(folder: str | Path, limit_ms: float, tuning: Tuning | None) -> UsageError:
+    """Why there is no setting for a limit; where it was looked for in vain, tuning again would be going in a circle."""
+    settings = tuning.settings if tuning else ()
+    failed = next((s for s in settings if s.failed and math.isclose(s.p99_limit_ms, limit_ms)), None)
+    kept = ", ".join(f"{s.p99_limit_ms:g} ms" for s in settings if not s.failed)
+    if failed is not None:
+        return UsageError(
+            f"{folder} was tuned for a p99 of {limit_ms:g} ms, but no setting kept it: {failed.failed}.",
+            f"Raise --p99{f' (kept: {kept})' if kept else ''}, or serve without it.",
+        )
+    return UsageError(
+        f"{folder} was tuned for no p99 of {limit_ms:g} ms or less{f', only for {kept}' if kept else ''}.",
+        f"Run: onecard tune {folder} --p99 {limit_ms:g}ms.",
+    )
 
 
 def _options(batch: int, max_delay_s: float, lanes: int, ingest: tuple[Ingest, ...]) -> EngineOptions:
@@ -296,6 +312,13 @@ def _search(bench: Bench, plan: TunePlan, points: Sequence[LoadPoint], until: fl
     return SettingSearch(points, options, lambda one, load: bench.load(one, most_rows[one.lanes], load), told)
 
 
+def _with_sender(setting: Setting, sender_bound: set[float]) -> Setting:
+    """A limit that no rate kept says so if that was the sender's doing, not the model's."""
+    if not setting.failed or setting.batch or setting.p99_limit_ms not in sender_bound:
+        return setting
+    return msgspec.structs.replace(setting, failed=f"{setting.failed}; {_SENDER_LATE}")
+
+
 def _lengths(model: Served) -> dict[str, int]:
     names = (name for name in model.spec.symbols if name != model.spec.batch_symbol)
     return dict(zip(names, lengths_of(model), strict=True))
@@ -316,10 +339,7 @@ def _notes(search: SettingSearch, options: TuneOptions, lengths: dict[str, int],
         notes.append(f"An engine with {lanes} lanes does not fit in the device's memory.")
     if search.sender_bound:
         limits = ", ".join(f"{ms:g} ms" for ms in sorted(search.sender_bound))
-        notes.append(
-            f"At {limits} the sender of the requests, which shares Python with the engine, was late itself: more may "
-            "be possible. Requests of more rows (--rows) cost it less."
-        )
+        notes.append(f"At {limits} {_SENDER_LATE}: more may be possible. Requests of more rows (--rows) cost it less.")
     if search.out_of_time:
         limits = ", ".join(f"{ms:g} ms" for ms in sorted(search.out_of_time))
         notes.append(

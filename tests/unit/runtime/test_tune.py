@@ -24,6 +24,7 @@ from onecard.runtime.knee import knee
 from onecard.runtime.null import NullModel
 from onecard.runtime.open_loop import Load
 from onecard.runtime.rate_search import Candidate
+from onecard.runtime.setting_search import SettingSearch
 from onecard.runtime.tune import (
     DEFAULT_LANES,
     DEFAULT_LIMITS_MS,
@@ -267,7 +268,7 @@ def write(bundle: Path, found: bytes) -> None:
 
 def test_a_bundle_that_was_never_tuned_has_the_usual_options(bundle):
     assert tuned_options(bundle) == EngineOptions()
-    with pytest.raises(UsageError, match=r"was tuned for no p99 of 5 ms or less \(but for none\). Run: onecard tune"):
+    with pytest.raises(UsageError, match=r"was tuned for no p99 of 5 ms or less. Run: onecard tune"):
         tuned_options(bundle, 5.0)
 
 
@@ -279,8 +280,38 @@ def test_the_knee_and_the_settings_become_options(bundle):
         options = tuned_options(bundle, limit_ms)
         assert (options.lanes, options.policy.max_rows, options.policy.max_delay_s) == (1, 8, 5e-4)
     assert tuned_options(str(bundle), 60.0).policy.max_rows == 64, "the one for 50 ms does not hold"
-    with pytest.raises(UsageError, match=r"4.9 ms or less \(but for 5 ms, 20 ms\)"):
+    with pytest.raises(UsageError, match=r"4.9 ms or less, only for 5 ms, 20 ms. Run: onecard tune"):
         tuned_options(bundle, 4.9)
+
+
+def test_a_limit_that_was_tuned_for_in_vain_is_not_to_be_tuned_again(bundle):
+    failed = "no rate kept it; the quickest batch alone takes 3 ms"
+    held, slow = Setting(20.0, 64, 2.0, 2, 3800.0, 4.0, 15.0, 3800, 7.5), Setting(5.0, failed=failed)
+    write(bundle, tuning_to_bytes(tuned(settings=(slow, held))))
+    with pytest.raises(UsageError, match=rf"was tuned for a p99 of 5 ms, but no setting kept it: {failed}\.") as caught:
+        tuned_options(bundle, 5.0)
+    assert caught.value.cure == "Raise --p99 (kept: 20 ms), or serve without it."
+    write(bundle, tuning_to_bytes(tuned(settings=(slow,))))
+    with pytest.raises(UsageError, match=r"Raise --p99, or serve without it"):
+        tuned_options(bundle, 5.0)
+    with pytest.raises(UsageError, match=r"was tuned for no p99 of 6 ms or less. Run: onecard tune"):
+        tuned_options(bundle, 6.0)
+
+
+def test_a_limit_missed_for_the_sender_says_so_itself(monkeypatch):
+    class LateSender(SettingSearch):
+        def run(self):
+            self.sender_bound = {5.0, 20.0}
+            return [
+                Setting(5.0, failed="no rate kept it"),
+                tuned().settings[1],
+                Setting(50.0, failed="no rate kept it"),
+            ]
+
+    monkeypatch.setattr("onecard.runtime.tune.SettingSearch", LateSender)
+    found = tune(Opened(), TuneOptions((5.0, 20.0, 50.0), (1,), (1,), point_s=0.05, time_limit_s=5.0))
+    assert found.settings[0].failed.startswith("no rate kept it; the sender of the requests")
+    assert [s.failed for s in found.settings[1:]] == ["", "no rate kept it"]
 
 
 def test_a_tuning_of_another_machine_is_passed_over(bundle):
