@@ -33,9 +33,12 @@ class Batcher:
         costs: what its runs take.
         policy: delays, preferred counts and bounds.
         lanes: how many batches run side by side, each at the predicted speed; what waits is over so much sooner.
+        places: how many requests began with the queue that this one replaces, and may yet be put back.
     """
 
-    def __init__(self, sizes: Sizes, costs: Costs, policy: BatchPolicy | None = None, lanes: int = 1) -> None:
+    def __init__(
+        self, sizes: Sizes, costs: Costs, policy: BatchPolicy | None = None, lanes: int = 1, places: int = 0
+    ) -> None:
         self._policy = policy or BatchPolicy()
         self._lanes = lanes
         self._costs = costs
@@ -45,7 +48,7 @@ class Batcher:
         self._bounds = Bounds(self._policy)
         self._rest = Rest(self._policy, until=-math.inf)
         self._busy_until = -math.inf
-        self._places = 0
+        self.places = places  # given out so far, one to each request that began
 
     @property
     def queued_items(self) -> int:
@@ -116,7 +119,7 @@ class Batcher:
         row_s = kind.row_s()
         for work in works:
             work.kind, work.row_s, work.taken = kind, row_s, work.rows
-            work.place = self._places = self._places + 1
+            work.place = self.places = self.places + 1
         slices = [Slice(work, 0, work.rows) for work in works]
         return Batch(slices, rows, works[0].lengths, dict(kind.fit(rows)[0]))
 
@@ -180,24 +183,23 @@ class Batcher:
         """Give up the requests that wait, wholly or in part, though their deadline has passed.
 
         Where more waits than one batch takes, those go too that would be late even if they were run next and alone:
-        their place is another's that is still in time.
+        their place is another's that is still in time. Behind the first that is in time none is looked for.
 
         Args:
             now: the time.
-            in_flight_s: how long the device is predicted to be busy with batches given out before.
+            in_flight_s: how long every device is predicted to be busy with batches given out before.
 
         Returns:
             These requests, the earliest deadline first, each once.
         """
+        given_up: list[Work] = []
         first = self._deadlines.first_work()
-        if first is None:
-            return []
-        kind: Kind = first.kind
-        crowded = self._bounds.items > 1 and self._bounds.rows > kind.limit
-        passed = self._deadlines.passed(now + in_flight_s + kind.least_s() if crowded else now)
-        for work in passed:
-            self.cancel(work)
-        return passed
+        crowded = first is not None and self._bounds.items > 1 and self._bounds.rows > first.kind.limit
+        while first is not None and first.deadline <= (now + in_flight_s + first.kind.least_s() if crowded else now):
+            self.cancel(first)
+            given_up.append(first)
+            first = self._deadlines.first_work()
+        return given_up
 
     def has_late(self, now: float) -> bool:
         """Whether :meth:`expire` might give something up."""
@@ -284,7 +286,7 @@ class Batcher:
         self._bounds.rows -= batch.rows
         for work, _, rows in batch.slices:
             if work.place < 0:
-                work.place = self._places = self._places + 1
+                work.place = self.places = self.places + 1
             work.queued -= rows
             if work.queued == 0:
                 self._leave(work)

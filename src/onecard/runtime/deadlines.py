@@ -51,16 +51,6 @@ class Deadlines:
             heapq.heappop(heap)
         return None
 
-    def passed(self, now: float) -> list[Work]:
-        """Those that wait though their deadline has passed, the earliest first; each is told once."""
-        found: dict[int, Work] = {}
-        heap = self._heap
-        while heap and heap[0][0] <= now:
-            work = heapq.heappop(heap)[2]
-            if work.queued:
-                found[id(work)] = work
-        return list(found.values())
-
     def works(self) -> list[Work]:
         """Those with a deadline that wait, in no order; one may be told twice."""
         return [entry[2] for entry in self._heap if entry[2].queued]

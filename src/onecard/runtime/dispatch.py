@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from onecard.errors import DeadlineError, EngineClosedError, EngineError, OnecardError, UsageError
 from onecard.runtime.batcher import Batcher
 from onecard.runtime.cost import Costs
+from onecard.runtime.faults import again, explained
 from onecard.runtime.limits import BatchPolicy
 from onecard.runtime.request import Request
 from onecard.runtime.served import Served
@@ -29,7 +30,7 @@ class _LaneState:
     ``lent`` while another thread than its own runs it.
     """
 
-    began: deque[float] = field(default_factory=deque)
+    began: dict[Batch, float] = field(default_factory=dict)
     busy_until: float = 0.0
     lead_s: float = _LEAD_S
     retries: deque[Batch] = field(default_factory=deque)
@@ -60,7 +61,8 @@ class Dispatch:
         self._costs = costs
         self._policy = policy
         self._batcher = Batcher(served, costs, policy, lanes)
-        self._wake = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
         self._lanes = [_LaneState() for _ in range(lanes)]
         self._too_large: list[Bucket] = []
         self._closing = False
@@ -78,26 +80,26 @@ class Dispatch:
             EngineClosedError: nothing is taken on any more.
             EngineError: the device was lost.
         """
-        with self._wake:
-            if self._closing or self._broken is not None:
-                raise self._broken or EngineClosedError("this engine is closed.", "Open it again.")
-            self._batcher.put(work, work.arrived)
+        with self._lock:
+            self._check_open()
+            if not work.gone:
+                self._batcher.put(work, work.arrived)
             self._wake.notify(len(self._lanes))  # one alone might be a lane that is busy, and would sleep on
 
     def wake(self) -> None:
         """Have the lanes look at what :meth:`put_all` queued."""
-        with self._wake:
+        with self._lock:
             self._wake.notify(len(self._lanes))
 
     def cancel(self, work: Work) -> None:
         """Take a request out of the queue."""
-        with self._wake:
+        with self._lock:
             self._batcher.cancel(work)
             _forget(work)
 
     def predicted_wait_s(self, priority: int) -> float:
         """How long a request that came now would wait for its turn."""
-        with self._wake:
+        with self._lock:
             now = time.monotonic()
             free_in_s = min(max(0.0, lane.busy_until - now) if lane.under_way else 0.0 for lane in self._lanes)
             return free_in_s + self._batcher.predicted_wait_s(priority) / len(self._lanes)
@@ -115,8 +117,8 @@ class Dispatch:
     @property
     def running_s(self) -> float:
         """For how long the oldest batch that is under way has been; 0.0 if none is."""
-        with self._wake:
-            oldest = min((lane.began[0] for lane in self._lanes if lane.began), default=None)
+        with self._lock:
+            oldest = min((began for lane in self._lanes for began in lane.began.values()), default=None)
         return 0.0 if oldest is None else time.monotonic() - oldest
 
     @property
@@ -159,7 +161,7 @@ class Dispatch:
         order of the queue would be, it would be over at once. As of :meth:`lend` the calling thread then has the lane.
 
         Args:
-            works: none of them put before; one that is refused fails.
+            works: none of them put before; one that is refused fails, and one cancelled meanwhile is dropped.
             number: of the lane, which has one batch at a time and is the only one; None to queue them all.
             most_s: see :meth:`lend`.
 
@@ -170,24 +172,25 @@ class Dispatch:
             EngineClosedError: nothing is taken on any more; none of them was.
             EngineError: the device was lost; likewise.
         """
-        refused: list[tuple[Work, OnecardError]] = []
-        with self._wake:
-            if self._closing or self._broken is not None:
-                raise self._broken or EngineClosedError("this engine is closed.", "Open it again.")
+        refused: list[tuple[Work, Exception]] = []
+        with self._lock:
+            self._check_open()
             batch = None if number is None else self._at_once(works, self._lanes[number], most_s)
             if batch is None:
                 for work in works:
+                    if work.gone:
+                        continue
                     try:
                         self._batcher.put(work, work.arrived)
-                    except OnecardError as error:
+                    except Exception as error:  # whatever the model's sizes raise: the others are queued already
                         refused.append((work, error))
         for work, refusal in refused:
-            fail(work, refusal)
+            fail(work, refusal if isinstance(refusal, OnecardError) else explained(refusal))
         return batch
 
     def _at_once(self, works: Sequence[Work], lane: _LaneState, most_s: float) -> Batch | None:
         """Under the lock: a batch of requests that need not be queued."""
-        if lane.lent or lane.began or lane.retries:
+        if lane.lent or lane.began or lane.retries or any([work.gone for work in works]):
             return None
         now = time.monotonic()
         batch = self._batcher.at_once(works, now, most_s)
@@ -211,7 +214,7 @@ class Dispatch:
             None if the lane is at something, or nothing is due. Then the lane sees to what waits.
         """
         lane = self._lanes[number]
-        with self._wake:
+        with self._lock:
             if lane.lent and not again:
                 return None  # whoever has it asks again
             lane.lent = False
@@ -231,41 +234,47 @@ class Dispatch:
                 self._wake.notify(len(self._lanes))
             return None
 
-    def stopped(self, number: int) -> None:
-        """A batch of a lane ended, with answers or without."""
-        with self._wake:
-            self._stop(self._lanes[number])
+    def recall(self, number: int) -> None:
+        """The thread that a lane is lent to will not ask again: the lane's own goes on."""
+        with self._lock:
+            self._lanes[number].lent = False
+            self._wake.notify_all()
 
-    def ran(self, number: int, size: Bucket, seconds: float, lead_s: float) -> None:
+    def stopped(self, number: int, batch: Batch) -> None:
+        """A batch of a lane ended, with answers or without; nothing if it is known to have."""
+        with self._lock:
+            self._stop(self._lanes[number], batch)
+
+    def ran(self, number: int, batch: Batch, seconds: float, lead_s: float) -> None:
         """A batch was answered.
 
         Args:
             number: of the lane.
-            size: what was run.
-            seconds: that the device was at it.
+            batch: what was run.
+            seconds: that the device was at it; ``nan`` if nobody measured.
             lead_s: what went before, from forming the batch to its being on the device.
         """
-        with self._wake:
-            self._batcher.observe(size, seconds)
+        with self._lock:
+            self._batcher.observe(batch.size, seconds)
             lane = self._lanes[number]
             lane.lead_s += _WEIGHT * (lead_s + _LEAD_S - lane.lead_s)
-            self._stop(lane)
+            self._stop(lane, batch)
 
     def put_back(self, batch: Batch) -> None:
         """A batch did not run; its rows are the first again."""
-        with self._wake:
+        with self._lock:
             self._batcher.put_back(batch)
             self._wake.notify_all()
 
     def retry(self, number: int, batches: Sequence[Batch]) -> None:
         """Run these on a lane before anything else."""
-        with self._wake:
+        with self._lock:
             self._lanes[number].retries.extend(batches)
             self._wake.notify_all()
 
     def shrink(self, size: Bucket) -> bool:
         """A size does not fit in memory; False if there is none that is smaller."""
-        with self._wake:
+        with self._lock:
             smaller = self._batcher.shrink(size)
             if smaller:
                 self._too_large.append(size)
@@ -277,7 +286,7 @@ class Dispatch:
 
     def know(self, size: Bucket, seconds: float) -> None:
         """How long a size takes, before anything is queued."""
-        with self._wake:
+        with self._lock:
             self._batcher.observe(size, seconds)
 
     # from the outside
@@ -288,10 +297,10 @@ class Dispatch:
         Raises:
             UsageError: requests are waiting.
         """
-        with self._wake:
+        with self._lock:
             if self._batcher.queued_items:
                 raise UsageError("the policy cannot change while requests wait.", "Wait for their answers first.")
-            self._batcher = Batcher(self._served, self._costs, policy, len(self._lanes))
+            self._batcher = Batcher(self._served, self._costs, policy, len(self._lanes), self._batcher.places)
             for size in self._too_large:
                 self._batcher.shrink(size)
             self._policy = policy
@@ -299,20 +308,20 @@ class Dispatch:
 
     def break_off(self, error: EngineError) -> None:
         """The device is lost: nothing is taken on, and all that waits fails."""
-        with self._wake:
+        with self._lock:
             self._broken = error
         for work in self.abandon():
-            fail(work, error)
+            fail(work, again(error))
 
     def close(self) -> None:
         """Take nothing on any more; what waits is still run."""
-        with self._wake:
+        with self._lock:
             self._closing = True
             self._wake.notify_all()
 
     def abandon(self) -> list[Work]:
         """Take all that waits out of the queue."""
-        with self._wake:
+        with self._lock:
             left = self._batcher.clear()
             for lane in self._lanes:
                 left += [piece.work for batch in lane.retries for piece in batch.slices]
@@ -322,13 +331,13 @@ class Dispatch:
 
     def _next(self, lane: _LaneState) -> tuple[Batch | None, Sequence[Work], bool]:
         """Wait for a batch, deadlines that passed, or the end of all."""
-        with self._wake:
+        with self._lock:
             while True:
                 now = time.monotonic()
                 if lane.lent:
                     self._wake.wait()
                     continue
-                late = self._batcher.expire(now, self._busy_s(lane, now))
+                late = self._batcher.expire(now, min([self._busy_s(each, now) for each in self._lanes]))
                 hold_until = self._hold(lane, now)
                 batch = None
                 if lane.retries:
@@ -344,6 +353,13 @@ class Dispatch:
                     return batch, late, done
                 wake_at = max(self._batcher.wake_at(now), hold_until) if self._batcher.queued_items else math.inf
                 self._wake.wait(None if wake_at == math.inf else max(0.0, wake_at - now))
+
+    def _check_open(self) -> None:
+        """Under the lock: raise why nothing is taken on any more, if so."""
+        if self._broken is not None:
+            raise again(self._broken)
+        if self._closing:
+            raise EngineClosedError("this engine is closed.", "Open it again.")
 
     def _is_idle(self) -> bool:
         """Whether no lane has anything that could still come back to be run again."""
@@ -361,10 +377,10 @@ class Dispatch:
     def _begin(self, lane: _LaneState, batch: Batch, now: float) -> None:
         seconds = self._costs.seconds(self._costs.key(batch.size))
         lane.busy_until = now + self._busy_s(lane, now) + seconds
-        lane.began.append(now)
+        lane.began[batch] = now
 
-    def _stop(self, lane: _LaneState) -> None:
-        lane.began.popleft()  # batches end in the order in which they began, but for one that could not be launched
+    def _stop(self, lane: _LaneState, batch: Batch) -> None:
+        lane.began.pop(batch, None)
         if not lane.under_way:
             lane.busy_until = 0.0
         if not lane.lent:

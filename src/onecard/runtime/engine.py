@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,8 @@ class Engine:
         self.spec: Spec = models[0].spec
         self.device = models[0].device
         self._intake = Intake(self.spec, self.options.ingest)
-        self._closed = False
+        self._closed = self._over = False
+        self._closing = threading.RLock()
         known = [(dict(zip(self.spec.symbols, key, strict=True)), s) for key, s in models[0].seconds().items()]
         costs = Costs(tuple(self.spec.symbols), self.spec.batch_symbol, known)
         self._dispatch = Dispatch(models[0], self.options.policy, costs, len(models))
@@ -179,6 +181,7 @@ class Engine:
 
         Raises:
             SpecError: an input that does not fit.
+            UsageError: a timeout that is not a number.
             QueueFullError: too much is waiting; ``retry_after_s`` tells when to try again.
             DeadlineError: the time was, or would be, over before the answer.
             EngineError: the model failed on this input.
@@ -234,10 +237,13 @@ class Engine:
 
         Raises:
             SpecError: an input that does not fit.
+            UsageError: a timeout that is not a number.
         """
         now = time.monotonic()
         arrays, rows, lengths, nbytes, numpy = self._intake.take(inputs)
         deadline = now + (self.options.timeout_s if timeout_s is None else timeout_s)
+        if math.isnan(deadline):
+            raise UsageError(f"timeout_s is {timeout_s}, but must be a number of seconds, or inf.")
         return Work(rows, lengths, nbytes, now, deadline, priority, client, Request(arrays, receiver, numpy))
 
     def run(self, works: Sequence[Work]) -> None:
@@ -339,12 +345,25 @@ class Engine:
     def close(self, drain_s: float = _DRAIN_S) -> None:
         """Answer what waits, for so many seconds at most, and release everything.
 
-        Requests that are left then get an :class:`EngineClosedError`.
+        Requests that are left then get an :class:`EngineClosedError`. Whoever closes it meanwhile waits for that, and
+        where Ctrl-C ended it, goes on with it; but called back by an answer, this returns at once.
         """
-        if self._closed:
-            return
         self._closed = True
         self._dispatch.close()
+        if any([lane.runs_here() for lane in self._lanes]):  # which ends no sooner than this call
+            threading.Thread(target=self.close, args=(drain_s,), name="onecard-close", daemon=True).start()
+            return
+        with self._closing:
+            if self._over:  # perhaps only begun: by this thread, which is told of a request that this fails
+                return
+            self._over = True
+            try:
+                self._release(drain_s)
+            except BaseException:
+                self._over = False
+                raise
+
+    def _release(self, drain_s: float) -> None:
         end = time.monotonic() + drain_s
         done = all([lane.join(max(0.0, end - time.monotonic())) for lane in self._lanes])
         for work in self._dispatch.abandon():

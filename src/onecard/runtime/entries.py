@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from onecard.errors import SpecError
 from onecard.runtime.ingest import Ingest, Shape, check_ingests, dtype_name
 from onecard.runtime.slots import Array
 from onecard.spec import Bucket, Spec, TensorSpec
+
+_MOST_SIZES = 1024  # remembered; a dynamic model may meet ever new ones
 
 
 class Source(NamedTuple):
@@ -51,6 +53,9 @@ class Entry:
     batched: bool
     ingest: Ingest | None
     raw_dtype: torch.dtype | None
+    _shapes: dict[tuple[tuple[str, int], ...], Shape] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def name(self) -> str:
@@ -58,8 +63,14 @@ class Entry:
 
     def shape(self, size: Bucket) -> Shape:
         """Of the model's form at a size, [rows, ...]."""
-        shape = self.spec.concrete(size)
-        return shape if self.batched else (1, *shape)
+        key = tuple(size.items())
+        shape = self._shapes.get(key)
+        if shape is None:
+            if len(self._shapes) >= _MOST_SIZES:
+                self._shapes.clear()
+            concrete = self.spec.concrete(size)
+            shape = self._shapes[key] = concrete if self.batched else (1, *concrete)
+        return shape
 
     def raw_shape(self, size: Bucket) -> Shape:
         """Of the raw form at a size, [rows, ...]; of the model's form where there is no other."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class Answer(Future[dict[str, Any]]):
 
     def begin(self) -> bool:
         """See :class:`Receiver`."""
-        return self.set_running_or_notify_cancel()
+        with self._condition:  # another lane may fail it at this moment
+            return (not self.done() or self.cancelled()) and self.set_running_or_notify_cancel()
 
     def solve(self, outputs: dict[str, Any], timing: RequestTiming) -> None:
         """See :class:`Receiver`."""
@@ -91,7 +93,7 @@ class Answer(Future[dict[str, Any]]):
     def fail(self, error: BaseException) -> None:
         """See :class:`Receiver`."""
         self.on_cancel = None  # or future and request would hold each other, and the inputs
-        if not self.done() and (self.running() or self.set_running_or_notify_cancel()):
+        with contextlib.suppress(InvalidStateError):  # it was over, or cancelled
             self.set_exception(error)
 
     def cancel(self) -> bool:

@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from onecard.models.wording import first_line
 from onecard.runtime.deliver import Delivery
 from onecard.runtime.dispatch import Dispatch, fail
 from onecard.runtime.entries import Source
-from onecard.runtime.faults import explained, is_device_lost, is_out_of_memory, too_large
+from onecard.runtime.faults import again, explained, is_device_lost, is_out_of_memory, too_large
 from onecard.runtime.future import BatchTiming
 from onecard.runtime.request import Request
 from onecard.runtime.served import Served
@@ -53,6 +53,7 @@ class Lane:
         self._on_batch = on_batch
         self._delivery = Delivery(served.spec)
         self._room = None if stage.synchronous else threading.Semaphore(stage.depth)
+        self._guest = 0  # the thread that it is lent to, while that runs a batch
         self._flights: queue.SimpleQueue[_Underway | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._launch_all, name=f"onecard-launch-{number}", daemon=True)]
         if not stage.synchronous:
@@ -72,6 +73,10 @@ class Lane:
                 thread.join(None if end is None else max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
+    def runs_here(self) -> bool:
+        """Whether the calling thread is one of those that run it, which cannot wait for its end."""
+        return threading.current_thread() in self._threads or threading.get_ident() == self._guest
+
     def close(self) -> None:
         """Release stage and model; after :meth:`join`."""
         self.stage.close()
@@ -89,72 +94,118 @@ class Lane:
         """
         batch = self._dispatch.put_all(works, self._number, _QUICK_S)
         again = batch is not None
-        while batch is not None or (batch := self._dispatch.lend(self._number, _QUICK_S, again)) is not None:
-            with self._surviving(batch):
-                self._launch(batch)
-            batch, again = None, True
+        try:
+            while batch is not None or (batch := self._dispatch.lend(self._number, _QUICK_S, again)) is not None:
+                again, self._guest = True, threading.get_ident()
+                self._run(batch)
+                batch, self._guest = None, 0
+        except BaseException as error:
+            if again:
+                self._guest = 0
+                self._dispatch.recall(self._number)
+            if not isinstance(error, Exception):
+                raise
+            self._break_off(None, error)
 
     def _launch_all(self) -> None:
-        while (batch := self._dispatch.take(self._number, self._room)) is not None:
-            with self._surviving(batch):
-                self._launch(batch)
+        while (batch := self._take()) is not None:
+            self._run(batch)
             del batch  # the callers' arrays must not live on while this thread waits
         self._flights.put(None)
 
-    def _launch(self, batch: Batch) -> None:
+    def _take(self) -> Batch | None:
+        while True:
+            try:
+                return self._dispatch.take(self._number, self._room)
+            except BaseException as error:
+                self._break_off(None, error)  # nothing waits then, so that it is not raised again
+
+    def _run(self, batch: Batch) -> None:
+        interrupt = None
+        try:
+            interrupt = self._launch(batch)
+        except BaseException as error:
+            self._break_off(batch, error)
+            if self._is_interrupt(error):
+                raise
+        if interrupt is not None:
+            raise interrupt
+
+    def _is_interrupt(self, error: BaseException) -> bool:
+        """Whether it is the business of a caller's thread that runs the lane, and not the model's: Ctrl-C."""
+        return isinstance(error, KeyboardInterrupt | SystemExit) and threading.current_thread() not in self._threads
+
+    def _launch(self, batch: Batch) -> BaseException | None:
+        """Run a batch, or on a GPU begin to.
+
+        Returns:
+            What is to be raised in the calling thread, though all who wait for the batch were told.
+        """
         began = time.monotonic()
-        queue_s = tuple(_start(piece, began) for piece in batch.slices)
+        queue_s = tuple([_start(piece, began) for piece in batch.slices])
         sources = [Source(piece.work.request.inputs, piece.start, piece.rows) for piece in batch.slices]
         try:
             flight = self.stage.launch(sources, batch.rows, batch.size)
-        except Exception as error:  # a model may raise anything; only its callers are to hear of it
+        except BaseException as error:  # a model may raise anything; only its callers are to hear of it
             self._failed(batch, error, began, queue_s)
-            return
+            return error if self._is_interrupt(error) else None
         if self.stage.synchronous:
-            self._finish(_Underway(batch, flight, began, queue_s))
-        else:
-            self._flights.put(_Underway(batch, flight, began, queue_s))
+            return self._finish(_Underway(batch, flight, began, queue_s))
+        self._flights.put(_Underway(batch, flight, began, queue_s))
+        return None
 
     def _finish_all(self) -> None:
         while (underway := self._flights.get()) is not None:
-            with self._surviving(underway.batch):
+            try:
                 self._finish(underway)
+            except BaseException as error:
+                self._break_off(underway.batch, error)
             del underway
 
-    @contextlib.contextmanager
-    def _surviving(self, batch: Batch) -> Iterator[None]:
-        """A fault of the engine's own fails this batch and all that waits; else its callers would wait for ever."""
-        try:
-            yield
-        except Exception as error:
-            _LOGGER.exception("lane %d failed", self._number)
-            mistake = EngineError(f"the engine itself failed: {first_line(error)}.", "Open it again.")
-            for piece in batch.slices:
-                fail(piece.work, mistake)
-            self._dispatch.break_off(mistake)
-            self._leave()
+    def _break_off(self, batch: Batch | None, error: BaseException) -> None:
+        """A fault of the engine's own fails this batch and all that waits; else its callers would wait for ever.
 
-    def _finish(self, underway: _Underway) -> None:
+        To be called where the error is handled, whose traceback is logged.
+        """
+        _LOGGER.exception("lane %d failed", self._number)
+        mistake = EngineError(f"the engine itself failed: {first_line(error)}.", "Open it again.")
+        if batch is not None:
+            self._dispatch.stopped(self._number, batch)
+            for piece in batch.slices:
+                fail(piece.work, again(mistake))
+        self._dispatch.break_off(mistake)
+        self._leave()
+
+    def _finish(self, underway: _Underway) -> BaseException | None:
+        """Answer the callers of a batch; returns as :meth:`_launch` does."""
         batch, flight, began, queue_s = underway
         try:
             flight.wait()
-        except Exception as error:
+        except BaseException as error:
             flight.release()
             self._failed(batch, error, began, queue_s)
-            return
+            return error if self._is_interrupt(error) else None
         ended, timings = time.monotonic(), flight.timings
         lead_s = timings.gather_s + timings.copy_in_s
-        self._dispatch.ran(self._number, batch.size, timings.compute_s, lead_s)
+        self._dispatch.ran(self._number, batch, timings.compute_s or math.nan, lead_s)
+        interrupt = None
         try:
             self._delivery.deliver(batch, flight.outputs, flight.owned, BatchTiming(began, ended, timings))
-        except Exception as error:  # answers that are not what the spec says
+        except BaseException as error:  # answers that are not what the spec says
             for piece in batch.slices:
-                fail(piece.work, explained(error))
+                self._fail(piece.work, explained(error))
+            interrupt = error if self._is_interrupt(error) else None
         flight.release()
         self._leave()
         self._tell(batch, began, queue_s, timings)
+        return interrupt
 
-    def _failed(self, batch: Batch, error: Exception, began: float, queue_s: tuple[float, ...]) -> None:
+    def _fail(self, work: Work, error: EngineError) -> None:
+        """A request with rows in a batch fails; those that wait are not run any more."""
+        self._dispatch.cancel(work)
+        fail(work, error)
+
+    def _failed(self, batch: Batch, error: BaseException, began: float, queue_s: tuple[float, ...]) -> None:
         """A batch that has no answers: smaller if memory was short, one by one if one of several may be to blame."""
         short = is_out_of_memory(error)
         if short and self._dispatch.shrink(batch.size):
@@ -166,10 +217,10 @@ class Lane:
             if is_device_lost(error):
                 self._dispatch.break_off(explained(error))
             for piece in batch.slices:
-                fail(piece.work, too_large(batch.size, error) if short else explained(error))
+                self._fail(piece.work, too_large(batch.size, error) if short else explained(error))
                 if piece.rows == piece.work.rows:  # the error's traceback holds this batch, and the request the error
                     piece.work.request = None
-        self._dispatch.stopped(self._number)  # only now: an engine that closes waits for what is to be run again
+        self._dispatch.stopped(self._number, batch)  # only now: an engine that closes waits for what is to be run again
         self._leave()
         self._tell(batch, began, queue_s, StageTimings(), "out of memory" if short else first_line(error))
 
@@ -183,7 +234,9 @@ class Lane:
         if self._on_batch is None:
             return
         volume = math.prod(batch.size.values()) or 1
-        used = sum(piece.rows * math.prod(piece.work.lengths) for piece in batch.slices)
+        used = batch.rows
+        if batch.lengths:
+            used = sum([piece.rows * math.prod(piece.work.lengths) for piece in batch.slices])
         stats = BatchStats(
             self.served.variant(batch.size),
             batch.size,

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from onecard.backends.base import Tensors
 from onecard.errors import EngineClosedError
-from onecard.runtime.entries import Source, capacities, make_entries
+from onecard.runtime.entries import Entry, Source, capacities, make_entries
 from onecard.runtime.ingest import Ingest
-from onecard.runtime.slots import Padding, Slab, as_tensor, lay_out, part, put
+from onecard.runtime.slots import Array, Buffer, Padding, Slab, as_tensor, lay_out, part, put
 from onecard.spec import Bucket, Spec
+
+_SMALL_BYTES = 256 << 10  # of an array: beside copying more than that, finding out where to does not matter
 
 
 class Model(Protocol):
@@ -215,19 +217,40 @@ class CpuStage:
         for entry in self._entries:
             buffer = slab.view(entry.name, entry.dtype, entry.shape(size))
             padding = self._padding[entry.name]
-            row = 0
-            for source in sources:
-                array = entry.rows(source)
-                count, extents = array.shape[0], entry.extents(array)
-                padding.claim(buffer.tensor, row, count, extents)
-                if entry.is_raw(array):
-                    entry.convert(as_tensor(array), buffer.tensor[part(row, count, extents)])
-                else:
-                    put(buffer, row, array)
-                row += count
+            arrays = [entry.rows(source) for source in sources]
+            if not _stacked(entry, arrays, buffer, padding):
+                row = 0
+                for array in arrays:
+                    count, extents = array.shape[0], entry.extents(array)
+                    padding.claim(buffer.tensor, row, count, extents)
+                    if entry.is_raw(array):
+                        entry.convert(as_tensor(array), buffer.tensor[part(row, count, extents)])
+                    else:
+                        put(buffer, row, array)
+                    row += count
             padding.finish(buffer.tensor, rows if entry.batched else 1)
             inputs[entry.name] = entry.given(buffer.tensor)
         return inputs
+
+
+def _stacked(entry: Entry, arrays: Sequence[Array], buffer: Buffer, padding: Padding) -> bool:
+    """Copy small arrays that fill all their rows one behind the other, as most are; False, and nothing done, else."""
+    whole = buffer.array
+    if whole is None:
+        return False
+    full = whole.shape[1:]
+    rows = 0
+    for array in arrays:
+        if isinstance(array, Tensor) or array.shape[1:] != full or array.nbytes > _SMALL_BYTES or entry.is_raw(array):
+            return False
+        rows += array.shape[0]
+    padding.claim(buffer.tensor, 0, rows, full)
+    row = 0
+    for array in arrays:
+        end = row + array.shape[0]
+        whole[row:end] = array
+        row = end
+    return True
 
 
 def own(answers: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -241,6 +264,8 @@ def own(answers: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> dict[str, Te
         low, high = _span(answer)
         if any(low < end and start < high for start, end in taken):
             owned[name] = answer.clone()
+        elif answer.is_contiguous():
+            owned[name] = answer
         elif any(stride == 0 and count > 1 for stride, count in zip(answer.stride(), answer.shape, strict=True)):
             owned[name] = answer.contiguous()
         else:

@@ -367,6 +367,19 @@ def test_the_hopeless_are_told_by_what_runs_before_them():
     assert queue.expire(1.0, in_flight_s=2.0) == [first]
 
 
+def test_nobody_is_hopeless_for_what_another_would_take():
+    sizes = Free(4, has_lengths=True)
+    queue = batcher(sizes, [({"B": 1, "S": 1}, 0.001), ({"B": 1, "S": 64}, 0.4)])
+    long = Work(1, (64,), deadline=0.5)
+    short = [Work(1, (1,), deadline=0.6) for _ in range(8)]
+    for work in (long, *short):
+        queue.put(work, 0.0)
+    assert queue.expire(0.2) == [long]
+    assert queue.expire(0.2) == []
+    assert queue.queued_items == 8 and not any(work.gone for work in short)
+    assert queue.expire(0.6) == short
+
+
 def test_what_was_never_measured_counts_for_nothing():
     queue = batcher(EIGHT, [])
     for deadline in (1.0, 2.0):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from onecard.errors import EngineClosedError, EngineError, SpecError
-from onecard.runtime import roads
+from onecard.kernels import normalize
+from onecard.runtime import entries, roads
 from onecard.runtime.entries import Source
 from onecard.runtime.staging import CpuStage, Flight, Stage
 from onecard.runtime.staging_cuda import CudaOptions, CudaStage
@@ -28,6 +29,12 @@ CARD_SEEDS = range(25)
 @pytest.fixture(autouse=True)
 def _small_rows_go_straight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roads, "DIRECT_BYTES", 64)
+
+
+@pytest.fixture(autouse=True)
+def _pictures_are_normalised_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulated card records torch's calls; what NumPy does it cannot put off."""
+    monkeypatch.setattr(normalize, "_LONE_THREAD_BYTES", 0)
 
 
 class Plain:
@@ -263,6 +270,28 @@ def test_a_caller_with_too_few_rows_is_refused() -> None:
     for stage in (CpuStage(model, [{"B": 8}]), CudaStage(model, [{"B": 8}], card=SimulatedCard())):
         with pytest.raises(SpecError, match="'x' has 2 rows, expected 3 at least"):
             stage.launch([short, short], 4, {"B": 8})
+
+
+@pytest.mark.parametrize("stranger", ["float64", ">f4"])
+def test_whole_rows_lie_one_behind_the_other_whatever_was_there_before(stranger: str) -> None:
+    model = Plain(parse_spec(["x: float32[B,3], B=1..8"]), lambda inputs: {"y": inputs["x"] * 1})
+    stage = CpuStage(model, [{"B": 4}])
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3) + 1
+    for first, second in ((1, 3), (1, 1), (2, 2), (1, 1)):
+        sources = [Source({"x": rows}, 0, first), Source({"x": rows}, first, second)]
+        flight = stage.launch(sources, first + second, {"B": 4})
+        expected = rows * (np.arange(4) < first + second)[:, None]
+        np.testing.assert_array_equal(flight.outputs["y"].numpy(), expected)
+        with pytest.raises(SpecError, match="expected x: float32"):
+            stage.launch([sources[0], Source({"x": rows.astype(stranger)}, 0, 2)], first + 2, {"B": 4})
+
+
+def test_an_entry_knows_each_of_more_sizes_than_it_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "_MOST_SIZES", 3)
+    (entry,) = entries.make_entries(parse_spec(["x: float32[B,S], B=1..8, S=1..8"]), ())
+    for _ in range(2):
+        for rows in range(1, 6):
+            assert entry.shape({"B": rows, "S": 7}) == entry.shape({"S": 7, "B": rows}) == (rows, 7)
 
 
 def test_callers_memory_lives_until_the_flight_was_waited_for() -> None:
