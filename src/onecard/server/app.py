@@ -7,7 +7,9 @@ model configuration, model repository, scheduling and statistics.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import NamedTuple, TypeVar
 from urllib.parse import unquote
 
 from onecard import __version__
@@ -31,7 +33,7 @@ from onecard.server.oip_repository import check_change, parse_index, repository_
 from onecard.server.oip_request import binary_lead, parse_infer
 from onecard.server.oip_response import encode_infer
 from onecard.server.oip_seen import DEFAULT_PRIORITY, SeenHead
-from onecard.server.oip_shared_memory import Place, find_place, shared_memory_routes
+from onecard.server.oip_shared_memory import Answer, find_place, shared_memory_routes
 from onecard.server.oip_types import InferResponse
 from onecard.server.request_figures import reason_of
 from onecard.server.serving import Serving
@@ -43,8 +45,28 @@ _JSON = ((b"Content-Type", b"application/json"),)
 _LENGTH = b"inference-header-content-length"
 _LENGTH_DIGITS = 10  # more than any body needs
 _ALIGNMENT_BYTES = 64
+_NOT_FOUND = 404
+_MOST_BODY_BYTES = 1 << 20  # of what is no inference
+_MOST_OPEN_BODY_BYTES = 4 << 10  # of what needs no right: none is read, and all such connections may send one
+_MOST_PATHS = 256
+_MOST_PATH_CHARS = 256
 
 Route = Callable[[Request, str, str], "Response | Awaitable[Response]"]
+_AnyRoute = TypeVar("_AnyRoute")
+
+
+class _Asked(NamedTuple):
+    """What a request asks for.
+
+    Args:
+        kind: the right that it needs.
+        answer: answers it, once its body is there.
+        most_body_bytes: that it may have; None for as many as the server takes.
+    """
+
+    kind: Kind
+    answer: Callable[[], Response | Awaitable[Response]]
+    most_body_bytes: int | None = _MOST_BODY_BYTES
 
 
 class App:
@@ -74,7 +96,7 @@ class App:
             ("POST", "repository/index"): self._index,
         }
         self._model: dict[tuple[str, str], Route] = {
-            ("POST", "infer"): self._infer,
+            ("POST", "infer"): self._first_infer,
             ("GET", ""): self._model_metadata,
             ("GET", "ready"): self._model_ready,
             ("GET", "config"): self._model_config,
@@ -84,6 +106,7 @@ class App:
             ("POST", "load"): self._load,
             ("POST", "unload"): self._unload,
         }
+        self._infer_paths: dict[str, tuple[str, str]] = {}  # model and version, where requests were taken before
 
     def __call__(self, request: Request) -> Response | Awaitable[Response]:
         """Answer one request.
@@ -92,66 +115,80 @@ class App:
             HttpError: no such path, not with this method, or not for this client.
             OnecardError: what the request asked for could not be done; it has an HTTP status.
         """
+        found = self._infer_paths.get(request.path)
+        if found is not None and request.method == "POST":
+            if not request.admitted:
+                self._check("infer", request)
+            return self._infer(request, *found)
+        asked = self._find(request)
+        if not request.admitted:
+            self._check(asked.kind, request)
+        return asked.answer()
+
+    def admit(self, request: Request) -> None:
+        """Refuse a request with a body for which there shall not be memory; then :meth:`__call__` need not check it.
+
+        Raises:
+            HttpError: no such path, not with this method, or not for this client.
+        """
+        if request.method == "POST" and request.path in self._infer_paths:
+            self._check("infer", request)
+        else:
+            asked = self._find(request)
+            self._check(asked.kind, request)
+            request.most_body_bytes = asked.most_body_bytes
+        request.admitted = True
+
+    def _find(self, request: Request) -> _Asked:
+        """What a request asks for.
+
+        Raises:
+            HttpError: no such path, or not with this method.
+        """
         parts = request.path.strip("/").split("/")
         if parts[0] != "v2" or parts[1:2] == ["onecard"]:
-            return self._watch(request)
+            return self._find_page(request)
         method = "GET" if request.method == "HEAD" else request.method
         if len(parts) > 2 and parts[1] == "models" and parts[2:] != ["stats"]:  # noqa: PLR2004 - v2/models/NAME
             name, version, action = _model_path(parts[2:])
-            return self._to(self._model, method, request, name, version, action)
+            route = _route(self._model, method, action, request)
+            kind: Kind = "health" if action == "ready" else "infer"
+            return _Asked(
+                kind, partial(route, request, name, version), None if action == "infer" else _most_bytes(kind)
+            )
         if len(parts) == 5 and parts[1:3] == ["repository", "models"]:  # noqa: PLR2004 - v2/repository/models/NAME/ACTION
-            return self._to(self._repository, method, request, unquote(parts[3]), "", parts[4])
+            route = _route(self._repository, method, parts[4], request)
+            return _Asked("control", partial(route, request, unquote(parts[3]), ""))
         place = find_place(parts[1:])
         if place is not None:
-            return self._to_region(method, place, request)
+            change = _route(self._shared_memory, method, place.route, request)
+            return _Asked("control", lambda: _answered(change(place.name, request.body)))
         rest = "/".join(parts[1:])
-        if (method, rest) in self._server:
-            self._check("health" if parts[1:2] == ["health"] else "infer", request)
-            return self._server[method, rest](request)
-        _refuse_method(self._server, rest, request)
-        raise HttpError(404, f"there is nothing at {request.path[:200]}.")
+        answer = _route(self._server, method, rest, request)
+        kind = "health" if parts[1:2] == ["health"] else "infer"
+        return _Asked(kind, partial(answer, request), _most_bytes(kind))
 
-    def _watch(self, request: Request) -> Response | Awaitable[Response]:
-        """Answer what is not of the protocol: the pages for whoever watches the server."""
+    def _find_page(self, request: Request) -> _Asked:
+        """What is not of the protocol: the pages for whoever watches the server."""
         if self._pages is not None:
             found = self._pages.open_page(request)
             if found is not None:
-                return found
-            page = self._pages.page(request, lambda: self._check("infer", request))
+                return _Asked("health", lambda: found, _most_bytes("health"))
+            page = self._pages.find(request)
             if page is not None:
-                return page
+                return _Asked("infer", page)
         raise HttpError(404, f"there is nothing at {request.path[:200]}: the protocol begins with /v2.")
-
-    def _to(
-        self,
-        routes: dict[tuple[str, str], Route],
-        method: str,
-        request: Request,
-        name: str,
-        version: str,
-        action: str,
-    ) -> Response | Awaitable[Response]:
-        """Answer a request about one model."""
-        route = routes.get((method, action))
-        if route is None:
-            _refuse_method(routes, action, request)
-            raise HttpError(404, f"there is nothing at {request.path[:200]}.")
-        kind: Kind = "control" if routes is self._repository else "health" if action == "ready" else "infer"
-        self._check(kind, request)
-        return route(request, name, version)
-
-    def _to_region(self, method: str, place: Place, request: Request) -> Response | Awaitable[Response]:
-        """Answer a request about shared memory."""
-        route = self._shared_memory.get((method, place.route))
-        if route is None:
-            _refuse_method(self._shared_memory, place.route, request)
-            raise HttpError(404, f"there is nothing at {request.path[:200]}.")
-        self._check("control", request)
-        answer = route(place.name, request.body)
-        return _json(answer) if isinstance(answer, bytes) else _awaited(answer)
 
     def _check(self, kind: Kind, request: Request) -> None:
         self._access.check(kind, request.headers, request.client, request.client == "unix")
+
+    def _tell_little(self, error: HttpError, request: Request) -> None:
+        """Refuse without naming models, versions and reasons to those who may not ask for them."""
+        try:
+            self._check("infer", request)
+        except HttpError:
+            said = "there is no such model." if error.status == _NOT_FOUND else "the model is not ready."
+            raise HttpError(error.status, said, error.headers) from None
 
     def _metadata(self, request: Request) -> Response:
         return _json(server_metadata(__version__, self._extensions))
@@ -175,7 +212,11 @@ class App:
         return _json(model_metadata(name, [model.version], contract.spec, contract.also))
 
     def _model_ready(self, request: Request, name: str, version: str) -> Response:
-        self.serving.find(name, version)
+        try:
+            self.serving.find(name, version)
+        except HttpError as error:
+            self._tell_little(error, request)
+            raise
         ready = self.serving.is_model_ready(name)
         return _json(model_ready(name, ready), 200 if ready else 503)
 
@@ -196,6 +237,15 @@ class App:
         check_change(request.body)
         await self.serving.unload(name)
         return _json(b"{}")
+
+    def _first_infer(self, request: Request, name: str, version: str) -> EngineRequest:
+        """As :meth:`_infer`, and remember what the path means, as the request was good and there is such a model."""
+        sent = self._infer(request, name, version)
+        if len(request.path) <= _MOST_PATH_CHARS:
+            if len(self._infer_paths) >= _MOST_PATHS:
+                self._infer_paths.clear()
+            self._infer_paths[request.path] = name, version
+        return sent
 
     def _infer(self, request: Request, name: str, version: str) -> EngineRequest:
         try:
@@ -311,8 +361,15 @@ def _json_length(request: Request) -> int | None:
     return int(value)
 
 
-def _refuse_method(routes: Iterable[tuple[str, str]], place: str, request: Request) -> None:
-    """405 where the path exists under another method."""
+def _most_bytes(kind: Kind) -> int:
+    return _MOST_OPEN_BODY_BYTES if kind == "health" else _MOST_BODY_BYTES
+
+
+def _route(routes: Mapping[tuple[str, str], _AnyRoute], method: str, place: str, request: Request) -> _AnyRoute:
+    """What answers at a place by this method; 405 where another one would, 404 where none does."""
+    route = routes.get((method, place))
+    if route is not None:
+        return route
     allowed = sorted(method for method, path in routes if path == place)
     if allowed:
         head = ["HEAD"] if "GET" in allowed else []
@@ -321,6 +378,11 @@ def _refuse_method(routes: Iterable[tuple[str, str]], place: str, request: Reque
             f"{request.method} does not go with {request.path[:200]}: expected {' or '.join(allowed)}.",
             [(b"Allow", ", ".join([*allowed, *head]).encode())],
         )
+    raise HttpError(404, f"there is nothing at {request.path[:200]}.")
+
+
+def _answered(answer: Answer) -> Response | Awaitable[Response]:
+    return _json(answer) if isinstance(answer, bytes) else _awaited(answer)
 
 
 async def _awaited(answer: Awaitable[bytes]) -> Response:

@@ -6,6 +6,7 @@ import re
 from enum import Enum, auto
 
 from onecard.server.http_head import FIELD_LINE, bad, check_partial, too_large
+from onecard.server.http_held import Hold
 from onecard.server.http_types import HttpLimits
 
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[\t ]*;[\t\x20-\x7e]*)?\r\n")
@@ -29,15 +30,17 @@ class ChunkedBody:
 
     Args:
         limits: ``max_body_bytes`` bounds the content, ``max_head_bytes`` the trailer.
+        hold: counts the content; None for nobody.
 
     Attributes:
         content: what has come of the body.
         done: whether its end was seen.
     """
 
-    def __init__(self, limits: HttpLimits) -> None:
+    def __init__(self, limits: HttpLimits, hold: Hold | None = None) -> None:
         self.content = bytearray()
         self._limits = limits
+        self._hold = hold
         self._part = _Part.SIZE
         self._left = 0
         self._chunks = 0
@@ -59,11 +62,13 @@ class ChunkedBody:
             Where the first byte stands that was not taken: either the body is done, or a line is not whole yet.
 
         Raises:
-            HttpError: 400 or 413; the connection cannot be used afterwards.
+            HttpError: 400 or 413, or what the hold raises; the connection cannot be used afterwards.
         """
         while start < end and self._part is not _Part.DONE:
             if self._part is _Part.DATA:
                 taken = min(self._left, end - start)
+                if self._hold is not None:
+                    self._hold.grow(taken)
                 self.content += memoryview(data)[start : start + taken]
                 start += taken
                 self._left -= taken
@@ -78,6 +83,11 @@ class ChunkedBody:
             self._take_line(line)
             start = stop
         return start
+
+    def take(self) -> bytearray:
+        """Hand over the content, which is not counted here any more."""
+        content, self.content, self._hold = self.content, bytearray(), None
+        return content
 
     def _check_line(self, line: bytes, whole: bool) -> None:
         check_partial(line)

@@ -13,17 +13,18 @@ from dataclasses import replace
 from typing import cast
 
 from onecard.server.http_answers import Answers
+from onecard.server.http_bodies import begin_body, end_chunks, make_plain
 from onecard.server.http_chunked import ChunkedBody
-from onecard.server.http_encoding import decompress
 from onecard.server.http_inbox import Inbox
+from onecard.server.http_low_water import LowWater
 from onecard.server.http_response import CONTINUE, json_error, response_of
-from onecard.server.http_shared import Shared, fresh_memory
-from onecard.server.http_types import LOGGER, NO_HEAD, Buffer, Head, HttpError, Request, Response
+from onecard.server.http_shared import Shared
+from onecard.server.http_types import LOGGER, NO_HEAD, Head, HttpError, Request, Response
 
 # What the bytes that come next belong to. Plain numbers, since they are compared several times a request.
 _HEAD, _BODY, _CHUNKED, _SKIPPED, _NOTHING = range(5)
 _SKIP_BYTES = 1 << 20  # a refused body up to this size is read and dropped, so that the connection can go on
-_SPARE_CONNECTIONS = 64  # above the limit: as many are told 503, any further are cut off
+SPARE_CONNECTIONS = 64  # above the limit: as many are told 503, any further are cut off
 
 
 class HttpConnection(asyncio.BufferedProtocol):
@@ -35,8 +36,8 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     __slots__ = (
         *("_answers", "_body_since", "_chunks", "_client", "_closing", "_continue_due", "_deadline", "_handler"),
-        *("_held", "_inbox", "_left", "_linger", "_loop", "_request", "_room", "_shared", "_state", "_tls"),
-        *("_transport", "_unsent_bytes", "_whole"),
+        *("_held", "_inbox", "_left", "_linger", "_loop", "_low_water", "_request", "_room", "_shared", "_state"),
+        *("_tls", "_transport", "_unsent_bytes", "_whole"),
     )
 
     def __init__(self, shared: Shared) -> None:
@@ -64,6 +65,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop has classes of its own
         self._tls = transport.get_extra_info("sslcontext") is not None
         self._client = _peer(transport)
+        self._low_water = LowWater(transport)
         self._answers = Answers(shared, transport, self)
         self._deadline = self._loop.time() + shared.limits.idle_timeout_s
         # Over TLS, zero would mean "always paused": one means there what zero means here.
@@ -71,7 +73,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         before = len(shared.connections)
         shared.connections.add(self)
         shared.nobody_left.clear()
-        if before >= shared.limits.max_connections + _SPARE_CONNECTIONS:
+        if before >= shared.limits.max_connections + SPARE_CONNECTIONS:
             transport.abort()
         elif before >= shared.limits.max_connections:
             self._refuse(HttpError(503, "There are too many connections.", [(b"Retry-After", b"1")]))
@@ -84,7 +86,9 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._left -= nbytes
             if self._left:
                 self._room = self._room[nbytes:]
+                self._low_water.collect(self._left)
                 return
+            self._low_water.lower()
             request, self._request = self._request, None
             assert request is not None
             self._state = _HEAD
@@ -165,17 +169,12 @@ class HttpConnection(asyncio.BufferedProtocol):
         """Get ready for a body, and take it if it is there."""
         head = request.head
         try:
-            if self._shared.service.admit is not None:
-                self._shared.service.admit(request)
-            if not head.chunked:
-                allocate = fresh_memory if head.encoding else self._shared.allocate
-                request.body = _checked(allocate(request, head.content_length), head.content_length)
+            self._chunks = begin_body(self._shared, request)
         except Exception as error:
             self._turn_away(error, request, None if head.chunked or head.expects_continue else head.content_length)
             return
         some_came = self._inbox.start < self._inbox.end
         if head.chunked:
-            self._chunks = ChunkedBody(self._shared.limits)
             self._state = _CHUNKED
         else:
             have = self._inbox.move_to(request.body)
@@ -199,25 +198,18 @@ class HttpConnection(asyncio.BufferedProtocol):
         try:
             self._inbox.move_to_chunks(chunks)
         except HttpError as error:
-            self._refuse(error)
+            self._turn_away(error, request, None)
             return False
         if not chunks.done:
             return False
         self._state, self._request, self._chunks = _HEAD, None, None
         try:
-            content = memoryview(chunks.content)
-            request.body = content if request.head.encoding else self._place(request, content)
+            end_chunks(self._shared, request, chunks)
         except Exception as error:
             self._turn_away(error, request, 0)
         else:
             self._take(request)
         return True
-
-    def _place(self, request: Request, content: Buffer) -> memoryview:
-        """Copy a whole body to where the application wants it."""
-        memory = _checked(self._shared.allocate(request, len(content)), len(content))
-        memory[:] = content
-        return memory
 
     def _take(self, request: Request) -> None:
         """Hand a whole request to the handler."""
@@ -234,9 +226,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._answers.put(request, answer)
 
     async def _handle_compressed(self, request: Request) -> Response:
-        limit = self._shared.limits.max_body_bytes
-        plain = await self._loop.run_in_executor(None, decompress, request.body, request.head.encoding, limit)
-        request.body = self._place(request, plain)
+        await make_plain(self._shared, request)
         answer = self._handler(request)
         return answer if isinstance(answer, Response) else await answer
 
@@ -336,6 +326,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         """Whatever still comes is dropped. A body that is not whole is given up: its memory is not touched again."""
         self._state, self._left = _NOTHING, 0
         self._room = self._shared.scratch
+        self._low_water.lower()
         self._inbox.clear()
         if self._request is not None:
             self._request.lose()
@@ -404,7 +395,9 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def _check_body(self, now_s: float) -> None:
         limits = self._shared.limits
-        came = len(self._chunks.content) if self._chunks is not None else self._whole - self._left
+        came = self._whole - self._left + self._low_water.collected_bytes()
+        if self._chunks is not None:
+            came = len(self._chunks.content)
         self._deadline = self._body_since + limits.body_timeout_s + came / limits.min_body_bytes_per_s
         if self._continue_due:  # the client waits for us, not we for it
             self._begin_clock()
@@ -424,9 +417,3 @@ def _peer(transport: asyncio.Transport) -> str:
         return str(peer[0])
     listening = transport.get_extra_info("socket")
     return "unix" if listening is not None and listening.family == socket.AF_UNIX else "unknown"
-
-
-def _checked(memory: memoryview, length: int) -> memoryview:
-    if memory.nbytes != length or memory.format != "B":
-        raise TypeError(f"the allocator gave {memory.nbytes} bytes of {memory.format}, not {length} of B")
-    return memory

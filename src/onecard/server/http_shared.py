@@ -6,6 +6,7 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING
 
+from onecard.server.http_held import Held
 from onecard.server.http_response import DateField
 from onecard.server.http_types import HttpLimits, HttpService, Request
 
@@ -25,6 +26,7 @@ class Shared:
 
     Attributes:
         allocate: the service's allocator, or the default.
+        held: what is held of bodies in chunks and compressed ones.
         connections: those that are open, also such as are being closed.
         draining: whether connections are to end after the answer that they wait for.
         date: the Date field.
@@ -39,6 +41,7 @@ class Shared:
         self.limits = limits
         self.loop = loop
         self.allocate = service.allocator or fresh_memory
+        self.held = Held(limits.max_held_bytes)
         self.connections: set[HttpConnection] = set()
         self.draining = False
         self.date = DateField()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from onecard.errors import OnecardError
 
 if TYPE_CHECKING:
+    from onecard.server.http_held import Hold
     from onecard.server.traces import RequestTrace
 
 LOGGER = logging.getLogger("onecard.server")
@@ -32,6 +33,7 @@ class HttpLimits:
         max_target_bytes: the request target alone (414).
         max_headers: header fields of one request (431).
         max_body_bytes: a body, also after it was decompressed (413).
+        max_held_bytes: of all bodies in chunks and compressed ones together, and of what they decompress to (503).
         max_connections: open connections; the next one is answered 503 and closed.
         max_pipeline: requests of one connection that may wait for their answers; beyond it, reading pauses.
         head_timeout_s: from the first byte of a head to its last (408).
@@ -46,6 +48,7 @@ class HttpLimits:
     max_target_bytes: int = 8_192
     max_headers: int = 100
     max_body_bytes: int = 64 << 20
+    max_held_bytes: int = 512 << 20
     max_connections: int = 1000
     max_pipeline: int = 16
     head_timeout_s: float = 10.0
@@ -147,9 +150,15 @@ class Request:
         answer: set by the connection: the response, once there is one.
         task: set by the connection: what is awaited for the answer.
         trace: set by the application, if it is traced.
+        admitted: set by the application's ``admit``, for its handler: the client may ask this.
+        most_body_bytes: set by the application's ``admit``: of the body, where that is less than the limit.
+        hold: set by the connection: the bytes of the body that are counted; None if it lies where the allocator said.
     """
 
-    __slots__ = ("_callbacks", "answer", "began", "body", "client", "gone", "head", "task", "tls", "trace")
+    __slots__ = (
+        *("_callbacks", "admitted", "answer", "began", "body", "client", "gone", "head", "hold", "most_body_bytes"),
+        *("task", "tls", "trace"),
+    )
 
     def __init__(self, head: Head, client: str, tls: bool) -> None:
         self.head = head
@@ -161,6 +170,9 @@ class Request:
         self.answer: Response | None = None
         self.task: asyncio.Future[Response] | None = None
         self.trace: RequestTrace | None = None
+        self.admitted = False
+        self.most_body_bytes: int | None = None
+        self.hold: Hold | None = None
         self._callbacks: list[Callable[[], None]] | None = None
 
     @property
@@ -239,7 +251,8 @@ class HttpService:
         allocator: gives the memory for a body of that many bytes, one dimension of bytes, writable; it may raise to
             refuse. Bodies with a length are received straight into it; chunked and compressed ones are copied there
             when they are whole. None: fresh memory for each.
-        admit: called with each request that has a body, before any of it is received; it raises to refuse.
+        admit: called with each request that has a body, before there is memory for it; it raises to refuse, and may
+            set ``most_body_bytes``.
         on_answer: told of each answer that is written, with the bytes of its body.
     """
 

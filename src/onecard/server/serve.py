@@ -22,9 +22,11 @@ from onecard.server.engine_client import ClientOptions, EngineClient
 from onecard.server.engine_guard import EngineGuard, GuardOptions
 from onecard.server.follow import follow, load_all
 from onecard.server.grpc_limits import GrpcLimits, GrpcListen
+from onecard.server.http_protocol import SPARE_CONNECTIONS
 from onecard.server.http_server import HttpServer, Listen, serve_http
 from onecard.server.http_types import LOGGER, HttpLimits, HttpService
 from onecard.server.logs import AccessLog
+from onecard.server.open_files import allow_open_files
 from onecard.server.repository import Repository, Source
 from onecard.server.serving import Serving
 from onecard.server.shared_regions import SharedRegions
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 _METRICS_DRAIN_S = 1.0
 _METRICS_LIMITS = HttpLimits(max_body_bytes=1, max_connections=64)
 _TRACES_S = 3.0  # for the last traces
+_SPARE_FILES = 512  # beside connections: shared memory that clients register, models, sockets of our own
 _END_S = 5.0  # for an engine that has nothing to do any more
 ENGINE_COMMAND = (sys.executable, "-m", "onecard.server.engine_process")
 
@@ -133,6 +136,7 @@ def run_server(options: ServeOptions, announce: Announce) -> None:
         raise UsageError("there is no folder to follow.", "Name one: --model-repository FOLDER.")
     if not 1 <= options.workers.fronts <= MOST_FRONTS:
         raise UsageError(f"{options.workers.fronts} processes cannot have sockets, expected 1 to {MOST_FRONTS}.")
+    allow_open_files(_open_files(options))
     run_on_loop(_trace_and_serve(options, announce))
 
 
@@ -150,6 +154,14 @@ def run_on_loop(main: Coroutine[Any, Any, None]) -> None:
     else:
         uvloop.install()
         asyncio.run(main)
+
+
+def _open_files(options: ServeOptions) -> int:
+    """How many files a process with sockets may have to have open at once."""
+    connections = options.limits.max_connections * (1 if options.grpc is None else 2) + SPARE_CONNECTIONS
+    if options.metrics is not None:
+        connections += _METRICS_LIMITS.max_connections + SPARE_CONNECTIONS
+    return connections + _SPARE_FILES
 
 
 async def _trace_and_serve(options: ServeOptions, announce: Announce) -> None:
@@ -185,11 +197,10 @@ async def _serve(options: ServeOptions, announce: Announce, tracing: Tracing | N
         try:
             either: list[asyncio.Future[Any]] = [opening, ending]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if ending.done():
-                LOGGER.info("draining: %d connections", doors.connections)
-            else:
+            if not ending.done():
                 opening.result()  # it follows the folder for ever, or failed
                 await ending
+            LOGGER.info("draining: %d connections", doors.connections)
         finally:
             serving.draining = True
             for task in (ending, opening):
@@ -244,11 +255,12 @@ class Doors:
         """
         app = App(serving, options.access, serving.regions, pages)
         logger = access_logger(AccessLog(options.access_log))
-        service = HttpService(app, body_memory(serving.client), on_answer=logger)
+        service = HttpService(app, body_memory(serving.client), app.admit, logger)
+        limits = replace(options.limits, max_held_bytes=options.client.request_bytes)
         if self._tracing is not None:
             service = traced_service(service, self._tracing)
         try:
-            self._http.append(await serve_http(service, options.listen, options.limits))
+            self._http.append(await serve_http(service, options.listen, limits))
             if options.metrics is not None:
                 metrics = HttpService(MetricsPort(pages))
                 self._http.append(await serve_http(metrics, options.metrics, _METRICS_LIMITS))
@@ -344,7 +356,7 @@ async def _serve_grpc(options: ServeOptions, serving: Serving, tracing: Tracing 
     limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes, max_connections=options.limits.max_connections)
     try:
         face = GrpcServing(serving, options.access, serving.regions)
-        return await serve_grpc(face, options.grpc, limits, tracing)
+        return await serve_grpc(face, options.grpc, limits, tracing, AccessLog(options.access_log))
     except MissingDependencyError as error:
         LOGGER.warning("there is no gRPC: %s", error)
         return None

@@ -56,15 +56,11 @@ class WatchingPages:
         _only_get(request)
         return Response(200, [(b"Content-Type", found.content_type), *CONSOLE_HEADERS], [found.body])
 
-    def page(self, request: Request, check: Callable[[], None] | None = None) -> Awaitable[Response] | None:
-        """What tells of the server; None if there is nothing at this path.
-
-        Args:
-            request: for it.
-            check: raises if it may not be told to this client.
+    def find(self, request: Request) -> Callable[[], Awaitable[Response]] | None:
+        """What makes a page that tells of the server; None if there is nothing at this path.
 
         Raises:
-            HttpError: another method than GET and HEAD, or what ``check`` raised.
+            HttpError: another method than GET and HEAD.
         """
         parts = request.path.strip("/").split("/")
         make: Callable[[], Awaitable[Response]]
@@ -77,9 +73,7 @@ class WatchingPages:
         else:
             return None
         _only_get(request)
-        if check is not None:
-            check()
-        return make()
+        return make
 
     async def _state(self) -> Response:
         return Response(200, _JSON, [encode(await self._watched.read())])
@@ -113,10 +107,10 @@ class MetricsPort:
         Raises:
             HttpError: it is not for metrics.
         """
-        found = self._pages.page(request) if request.path.rstrip("/") == "/metrics" else None
+        found = self._pages.find(request) if request.path.rstrip("/") == "/metrics" else None
         if found is None:
             raise HttpError(404, "this port has /metrics and nothing else.")
-        return found
+        return found()
 
 
 def _only_get(request: Request) -> None:
