@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from onecard.errors import DeadlineError
 from onecard.server.grpc_face import Caller, Inference, Right
 from onecard.server.grpc_limits import GrpcLimits
-from onecard.server.grpc_status import status_of
+from onecard.server.grpc_log import CANCELLED, OK, TOO_MANY, UNKNOWN_METHOD, RpcLog
+from onecard.server.grpc_status import http_status_of, status_of
 from onecard.server.http_types import HttpError
 from onecard.server.oip_types import ProtocolError
 
@@ -32,6 +33,7 @@ class Calls:
         face: the server behind it.
         limits: what clients may ask.
         tracing: begins traces of inference; None for none.
+        log: told of all RPCs; None for no access log.
 
     Attributes:
         handlers: by the methods' full names.
@@ -39,10 +41,13 @@ class Calls:
         held_bytes: of all requests that are being answered.
     """
 
-    def __init__(self, face: Inference, limits: GrpcLimits, tracing: Tracing | None = None) -> None:
+    def __init__(
+        self, face: Inference, limits: GrpcLimits, tracing: Tracing | None = None, log: RpcLog | None = None
+    ) -> None:
         self.face = face
         self.limits = limits
         self.tracing = tracing
+        self.log = log
         self.handlers: dict[str, Handler] = {}
         self.draining = asyncio.Event()
         self.held_bytes = 0
@@ -70,22 +75,32 @@ class Calls:
         handler = self.handlers.get(rpc.method)
         if handler is None:
             rpc.end("UNIMPLEMENTED", f"there is no method {rpc.method[:200]}.")
+            self._ended(rpc, UNKNOWN_METHOD)
         elif open_rpcs > self.limits.max_rpcs:
             rpc.end("RESOURCE_EXHAUSTED", f"{self.limits.max_rpcs} RPCs are open already; come back later.")
+            self._ended(rpc, TOO_MANY)
         else:
             rpc.task = self._loop.create_task(self._run(rpc, handler))
 
     async def _run(self, rpc: Rpc, handler: Handler) -> None:
+        status = CANCELLED
         try:
             message = await handler(rpc)
         except asyncio.CancelledError:
             rpc.end("CANCELLED", "the request was cancelled.")
         except Exception as error:
+            status = http_status_of(error)
             rpc.end(*status_of(error, rpc.method))
         else:
             rpc.end("OK", message=message)
+            status = OK
         finally:
             rpc.task = None  # nothing that it holds waits for the garbage collector
+            self._ended(rpc, status)
+
+    def _ended(self, rpc: Rpc, status: int) -> None:
+        if self.log is not None:
+            self.log.ended(rpc, status)
 
     def unary(self, right: Right, answer: Answer) -> Handler:
         """A handler of one request and one answer. The caller is looked at before the request is received.

@@ -38,11 +38,15 @@ class Rpc:
         received: whether its first message is there.
         gone: whether the client went away, or its deadline passed.
         over: whether its end was sent.
+        bytes_in: of its requests so far.
+        bytes_out: of its answers so far.
+        model: the one that it is for, as its client says; empty if it is for none, or none yet.
+        ids: of the request and of its trace, if it is traced.
     """
 
     __slots__ = (
         *("_call", "_core", "_deadline", "_due", "_metadata", "_reading", "_started", "_writing"),
-        *("began", "gone", "method", "over", "received", "task"),
+        *("began", "bytes_in", "bytes_out", "gone", "ids", "method", "model", "over", "received", "task"),
     )
 
     def __init__(self, core: Core, event: Any) -> None:
@@ -58,6 +62,9 @@ class Rpc:
         self.task: asyncio.Task[None] | None = None
         self.began = time.monotonic()
         self.received = self.gone = self.over = False
+        self.bytes_in = self.bytes_out = 0
+        self.model = ""
+        self.ids: tuple[str, str] | None = None
 
     def peer(self) -> str:
         """The client's address in gRPC's notation."""
@@ -91,6 +98,7 @@ class Rpc:
         self._writing = self._core.loop.create_future()
         operations = (*self._beginning(), cygrpc.SendMessageOperation(message, _NO_FLAGS))
         self._start(_SENT, operations, self._on_sent)
+        self.bytes_out += len(message)
         await self._writing
 
     def end(
@@ -104,7 +112,10 @@ class Rpc:
         if self.over or self.gone:
             return
         self.over = True
-        sent = () if message is None else (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
+        sent: tuple[Any, ...] = ()
+        if message is not None:
+            sent = (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
+            self.bytes_out += len(message)
         status = cygrpc.SendStatusFromServerOperation(
             trailing, getattr(cygrpc.StatusCode, code.lower()), details.encode(), _NO_FLAGS
         )
@@ -153,6 +164,8 @@ class Rpc:
 
     def _deliver(self, message: bytes | None) -> None:
         self.received = True
+        if message is not None:
+            self.bytes_in += len(message)
         if self._reading is not None and not self._reading.done():
             self._reading.set_result(message)
 

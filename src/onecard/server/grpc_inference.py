@@ -15,8 +15,9 @@ from onecard.server.grpc_answer import encode_answer
 from onecard.server.grpc_calls import Calls
 from onecard.server.grpc_face import Answers, Caller
 from onecard.server.grpc_infer import Plan, check_id, parse_infer, plan_infer
+from onecard.server.grpc_log import OK, StreamRequest
 from onecard.server.grpc_messages import inference_messages
-from onecard.server.grpc_status import status_of
+from onecard.server.grpc_status import http_status_of, status_of
 from onecard.server.grpc_wire import read_message, split_infer
 from onecard.server.http_types import HttpError
 from onecard.server.oip_contract import InferContract
@@ -89,7 +90,10 @@ class InferMethods:
     async def infer(self, data: bytes, rpc: Rpc, caller: Caller) -> bytes:
         """Answer a ``ModelInferRequest``."""
         with self._traced(_UNARY, caller, rpc.began) as trace:
-            return await self._run(self._read_request(data), rpc, caller.address, trace=trace)
+            rpc.ids = _ids(trace)
+            asked = self._read_request(data)
+            rpc.model = asked.known.model
+            return await self._run(asked, rpc, caller.address, trace=trace)
 
     async def stream(self, rpc: Rpc) -> None:
         """Answer requests in their order, several at once; one that fails does not end the stream."""
@@ -129,16 +133,22 @@ class InferMethods:
     async def _answer(self, data: bytes, rpc: Rpc, caller: Caller) -> bytes:
         """A ``ModelStreamInferResponse``, also for a request that fails."""
         model = request_id = ""
+        began, status, ids = time.monotonic(), OK, None
         try:
-            with self._traced(_STREAM, caller, time.monotonic()) as trace:
+            with self._traced(_STREAM, caller, began) as trace:
+                ids = _ids(trace)
                 asked = self._read_request(data)
                 model, request_id = asked.known.model, asked.id
-                return await self._run(asked, rpc, caller.address, streamed=True, trace=trace)
+                answer = await self._run(asked, rpc, caller.address, streamed=True, trace=trace)
         except Exception as error:
+            status = http_status_of(error)
             _, text, _ = status_of(error, _STREAM)
             failed = self._stream_response(error_message=text)
             failed.infer_response.model_name, failed.infer_response.id = model, request_id
-            return failed.SerializeToString()  # type: ignore[no-any-return]
+            answer = failed.SerializeToString()
+        if self._calls.log is not None:
+            self._calls.log.answered(rpc, status, StreamRequest(began, len(data), len(answer), model, ids))
+        return answer
 
     def _traced(self, method: str, caller: Caller, began: float) -> AbstractContextManager[RequestTrace | None]:
         tracing = self._calls.tracing
@@ -222,6 +232,11 @@ class InferMethods:
             return contract, None, known.plan.request(request_id, raw, remaining_s)
         regions = face.region_access()
         return contract, regions, parse_infer(known.message, request_id, raw, contract, regions, remaining_s)
+
+
+def _ids(trace: RequestTrace | None) -> tuple[str, str] | None:
+    """What the log says of a trace; not the trace, which may hold an error and with it all frames of the request."""
+    return None if trace is None else (trace.request_id, trace.trace_id)
 
 
 async def _write(answers: asyncio.Queue[_Task | None], rpc: Rpc) -> None:

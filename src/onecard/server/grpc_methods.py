@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onecard.server.grpc_calls import Answer, Calls, Handler
 from onecard.server.grpc_face import Caller, RegionEntry, Regions, Right
@@ -11,6 +11,9 @@ from onecard.server.grpc_messages import inference_messages
 from onecard.server.grpc_wire import read_message
 from onecard.server.http_types import HttpError
 from onecard.server.oip_types import ProtocolError, quote
+
+if TYPE_CHECKING:
+    from onecard.server.grpc_core import Rpc
 
 _NOT_FOUND = 404
 _ABSENT = {
@@ -59,8 +62,10 @@ class ServiceMethods:
     def _read(self, method: str, answer: Callable[[Any], Awaitable[Any]]) -> Answer:
         request_class = self._messages[f"{method}Request"]
 
-        async def from_bytes(data: bytes, _: Any, __: Caller) -> bytes:
-            response = await answer(read_message(request_class, data))
+        async def from_bytes(data: bytes, rpc: Rpc, _: Caller) -> bytes:
+            request = read_message(request_class, data)
+            rpc.model = _model_of(method, request)
+            response = await answer(request)
             return response.SerializeToString()  # type: ignore[no-any-return]
 
         return from_bytes
@@ -150,6 +155,13 @@ class ServiceMethods:
     async def _cuda_unregister(self, request: Any) -> Any:
         await self._cuda().unregister(request.name)
         return self._messages["CudaSharedMemoryUnregisterResponse"]()
+
+
+def _model_of(method: str, request: Any) -> str:
+    """The model that a request is about, for the access log; empty if it is about none."""
+    if method.startswith("RepositoryModel"):
+        return request.model_name  # type: ignore[no-any-return]
+    return request.name if method.startswith("Model") else ""
 
 
 def _refusal(why: str) -> Answer:

@@ -17,12 +17,14 @@ from onecard.server.grpc_face import Inference
 from onecard.server.grpc_health import HealthMethods
 from onecard.server.grpc_inference import InferMethods
 from onecard.server.grpc_limits import GrpcLimits, GrpcListen, channel_options
+from onecard.server.grpc_log import RpcLog
 from onecard.server.grpc_messages import HEALTH_SERVICE, INFERENCE_SERVICE
 from onecard.server.grpc_methods import ServiceMethods
 from onecard.server.http_tls import tls_context
 
 if TYPE_CHECKING:
     from onecard.server.grpc_core import Rpc
+    from onecard.server.logs import AccessLog
     from onecard.server.traces import Tracing
 
 
@@ -122,7 +124,11 @@ class GrpcServer:
 
 
 async def serve_grpc(
-    face: Inference, listen: GrpcListen, limits: GrpcLimits | None = None, tracing: Tracing | None = None
+    face: Inference,
+    listen: GrpcListen,
+    limits: GrpcLimits | None = None,
+    tracing: Tracing | None = None,
+    access_log: AccessLog | None = None,
 ) -> GrpcServer:
     """Serve the inference and the health service on the running loop.
 
@@ -131,6 +137,7 @@ async def serve_grpc(
         listen: the addresses.
         limits: what clients may ask; None for the defaults.
         tracing: begins traces of inference; None for none.
+        access_log: where RPCs are written; None for nowhere.
 
     Returns:
         The server, listening.
@@ -145,7 +152,7 @@ async def serve_grpc(
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     try:
-        calls = Calls(face, limits or GrpcLimits(), tracing)
+        calls = Calls(face, limits or GrpcLimits(), tracing, None if access_log is None else RpcLog(access_log))
         calls.handlers.update(_handlers(calls))
         server = GrpcServer(calls, listen)
     except ImportError as error:

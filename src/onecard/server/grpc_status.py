@@ -22,6 +22,7 @@ _CODES = {
     504: "DEADLINE_EXCEEDED",
     507: "RESOURCE_EXHAUSTED",
 }
+_FAULT = 500
 _MOST_DETAIL_CHARS = 2048  # it travels in the trailers, which clients bound to 8 or 16 KiB
 _PUSHBACK = "grpc-retry-pushback-ms"
 
@@ -31,6 +32,13 @@ def code_of(error: BaseException) -> str:
     if isinstance(error, HttpError):
         return _CODES.get(error.status, "INTERNAL")
     return _CODES.get(error.http_status, "INTERNAL") if isinstance(error, OnecardError) else "INTERNAL"
+
+
+def http_status_of(error: BaseException) -> int:
+    """What the REST face would have answered to the same."""
+    if isinstance(error, HttpError):
+        return error.status
+    return error.http_status if isinstance(error, OnecardError) else _FAULT
 
 
 def status_of(error: BaseException, method: str) -> tuple[str, str, tuple[tuple[str, str], ...]]:

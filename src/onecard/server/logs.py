@@ -39,13 +39,14 @@ _STANDARD = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "
 Scalar: TypeAlias = "str | int | float | bool | None"
 
 
-def setup_logs(form: Form, level: str, stream: TextIO | None = None) -> logging.Handler:
-    """Write the records of onecard's loggers, and of no others, one a line. A second call replaces the first one's.
+def setup_logs(form: Form, level: str, stream: TextIO | None = None, process: str = "") -> logging.Handler:
+    """Write the records of onecard's loggers, and others' warnings, one a line. A second call replaces the first one's.
 
     Args:
-        form: ``human`` or ``json``.
-        level: the least severe that is written: ``debug``, ``info``, ``warning`` or ``error``.
+        form: ``human`` or ``json``; with that, what Python's ``warnings`` say are records too.
+        level: the least severe of onecard's that is written: ``debug``, ``info``, ``warning`` or ``error``.
         stream: where to; None for standard error.
+        process: which one of the server's writes; empty for one that has no name.
 
     Returns:
         The handler that writes.
@@ -59,18 +60,33 @@ def setup_logs(form: Form, level: str, stream: TextIO | None = None) -> logging.
         raise UsageError(f"unknown log level '{level}': expected one of {', '.join(LEVELS)}.")
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.set_name(_HANDLER)
-    handler.setFormatter(JsonFormatter() if form == "json" else HumanFormatter())
+    handler.setFormatter(JsonFormatter(process) if form == "json" else HumanFormatter(process))
     tree = logging.getLogger(TREE)
-    for other in [each for each in tree.handlers if each.name == _HANDLER]:  # handlers of others stay
-        tree.removeHandler(other)
-    tree.addHandler(handler)
+    _put(handler, tree)
     tree.setLevel(level.upper())
     tree.propagate = False  # else a handler of the root writes it a second time
+    # Python writes others' warnings in any case, if nobody else does: bare, and of several lines.
+    _put(handler, logging.getLogger())
+    logging.captureWarnings(form == "json")
     return handler
 
 
+def _put(handler: logging.Handler, logger: logging.Logger) -> None:
+    for other in [each for each in logger.handlers if each.name == _HANDLER]:  # handlers of others stay
+        logger.removeHandler(other)
+    logger.addHandler(handler)
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, ASCII only: time, level, logger, message, and what was passed as ``extra``."""
+    """One JSON object a line, ASCII only: time, level, logger, message, and what was passed as ``extra``.
+
+    Args:
+        process: said with each record, if it is not empty.
+    """
+
+    def __init__(self, process: str = "") -> None:
+        super().__init__()
+        self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Scalar] = {
@@ -79,6 +95,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if self._process:
+            fields["process"] = self._process
         for name, value in _extra(record).items():
             fields.setdefault(name, value)
         trace = _trace(self, record)
@@ -88,10 +106,20 @@ class JsonFormatter(logging.Formatter):
 
 
 class HumanFormatter(logging.Formatter):
-    """``TIME LEVEL LOGGER message name=value ...``; lines of a traceback follow, indented."""
+    """``TIME LEVEL LOGGER message name=value ...``; lines of a traceback follow, indented.
+
+    Args:
+        process: said with each record, if it is not empty.
+    """
+
+    def __init__(self, process: str = "") -> None:
+        super().__init__()
+        self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
         parts = [_utc(record.created), f"{record.levelname:<7}", record.name, _escape(record.getMessage())]
+        if self._process:
+            parts.append(f"process={self._process}")
         parts += [f"{_escape(name)}={_shown(value)}" for name, value in _extra(record).items() if value is not None]
         lines = [" ".join(parts)]
         lines += [f"    {_escape(line)}" for line in _trace(self, record).split("\n") if line]

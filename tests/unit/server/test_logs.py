@@ -7,11 +7,16 @@ import itertools
 import json
 import logging
 import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 
 import pytest
 
 from onecard.errors import UsageError
 from onecard.server.logs import AccessLog, Entry, RequestIds, setup_logs
+from tests.services.running_server import GOLDEN, serving
 
 EVIL = "a\nb\r\x1b[31mc\x00\x7f\x9b1m\u2028\u2029\u202e\u2066\ud800\u0085z"
 ENTRY = Entry("POST", "/v2/models/m/infer", 200, 12, 34, 1.23456, "192.0.2.7", "m", "id-1")
@@ -20,12 +25,15 @@ LOGGER = logging.getLogger("onecard.server")
 
 @pytest.fixture
 def tree():
-    """The loggers of onecard, put back as they were."""
-    tree = logging.getLogger("onecard")
+    """The loggers of onecard, put back as they were, and so the root's handlers."""
+    tree, root = logging.getLogger("onecard"), logging.getLogger()
     before = (list(tree.handlers), tree.level, tree.propagate)
     yield tree
     tree.handlers[:], level, tree.propagate = before
     tree.setLevel(level)
+    for handler in [each for each in root.handlers if each.name == "onecard.server.logs"]:  # pytest's own come and go
+        root.removeHandler(handler)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture
@@ -131,21 +139,99 @@ def test_json_says_what_is_no_json_in_words(written):
     assert found["level"] == "info"
 
 
-def test_only_onecard_is_set_up(tree):
+def test_others_are_left_as_they_are_but_for_their_warnings(tree):
     root = logging.getLogger()
-    before = (list(root.handlers), root.level)
+    before = (set(root.handlers), root.level)
     first, second = io.StringIO(), io.StringIO()
     setup_logs("human", "info", first)
     others = logging.NullHandler()
     tree.addHandler(others)
-    setup_logs("json", "warning", second)
-    assert (list(root.handlers), root.level) == before
+    handler = setup_logs("json", "info", second)
+    assert (set(root.handlers), root.level) == (before[0] | {handler}, before[1])
     assert others in tree.handlers and not tree.propagate
-    LOGGER.info("too little")
-    LOGGER.warning("once")
-    logging.getLogger("elsewhere").error("not ours")
+    LOGGER.info("once")
+    logging.getLogger("elsewhere").info("too little")
+    logging.getLogger("elsewhere").error("of two\nlines")
     assert first.getvalue() == ""
-    assert [json.loads(line)["message"] for line in second.getvalue().splitlines()] == ["once"]
+    found = [json.loads(line) for line in second.getvalue().splitlines()]
+    assert [(each["logger"], each["message"]) for each in found] == [
+        ("onecard.server", "once"),
+        ("elsewhere", "of two\nlines"),
+    ]
+
+
+def test_warnings_of_python_are_records_of_json():
+    code = (
+        "import warnings; from onecard.server.logs import setup_logs; setup_logs('json', 'error'); warnings.warn('x')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    (line,) = done.stderr.splitlines()
+    assert (json.loads(line)["logger"], "UserWarning: x" in json.loads(line)["message"]) == ("py.warnings", True)
+
+
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_a_process_says_its_name(tree, form):
+    stream = io.StringIO()
+    setup_logs(form, "info", stream, process="engine")
+    LOGGER.info("asked", extra={"ms": 1.5})
+    if form == "json":
+        assert json.loads(stream.getvalue())["process"] == "engine"
+    else:
+        assert stream.getvalue().endswith(" asked process=engine ms=1.5\n")
+
+
+@pytest.mark.parametrize(("form", "level", "lines"), [("json", "info", 1), ("human", "info", 1), ("json", "error", 0)])
+def test_the_engine_s_process_logs_as_it_is_told(tmp_path, form, level, lines):
+    """One that nobody connects to says so and ends."""
+    code = "from onecard.server import engine_process as p; p.run_engine.__defaults__ = (None, 0.2, None); p.main()"
+    words = ["--socket", str(tmp_path / "s"), "--log-format", form, "--log-level", level]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *words], capture_output=True, text=True, check=True, timeout=60
+    )
+    found = done.stderr.splitlines()
+    assert len(found) == lines
+    for line in found:
+        if form == "json":
+            told = json.loads(line)
+            assert (told["level"], told["logger"], told["process"]) == (
+                "warning",
+                "onecard.server.engine_process",
+                "engine",
+            )
+        else:
+            assert line.endswith("the engine ends process=engine") and "WARNING onecard.server.engine_process" in line
+        assert "no front has been connected" in line
+
+
+def test_run_as_a_program_the_engine_s_process_logs_under_its_name(tmp_path):
+    words = ["--socket", str(tmp_path / ("x" * 200)), "--log-format", "json"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "onecard.server.engine_process", *words],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    assert (json.loads(line)["level"], json.loads(line)["logger"]) == ("critical", "onecard.server.engine_process")
+    assert done.returncode == 2
+
+
+@pytest.mark.timeout(120)
+def test_all_processes_of_a_server_write_an_object_a_line():
+    """Notices, the engine's records, and requests of both ways in."""
+    grpc = pytest.importorskip("grpc", reason="needs grpcio")
+    words = ["--log-format", "json", "--log-level", "info", "--access-log", "1", "--workers", "2"]
+    with serving(f"m={GOLDEN}", *words) as (port, server):
+        grpc_port = re.search(r"gRPC on port (\d+)", server.output)[1]
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+            assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"") == b"\x08\x01"
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/none")
+        assert server.end() == 0
+        found = [json.loads(line) for line in server.lines]
+    assert {"engine"} == {each["process"] for each in found if "engine_models" in each["logger"]}
+    assert {f"listening on 127.0.0.1 port {port}", f"gRPC on port {grpc_port}"} <= {each["message"] for each in found}
+    assert any(each["message"].startswith("ready m: ") for each in found)
+    asked = {each["path"]: (each["method"], each["status"]) for each in found if each["logger"] == "onecard.access"}
+    assert asked == {"/grpc.health.v1.Health/Check": ("Check", 200), "/none": ("GET", 404)}
 
 
 @pytest.mark.parametrize(("form", "level", "said"), [("xml", "info", "human or json"), ("json", "loud", "warning")])
