@@ -32,6 +32,7 @@ Ancillary: TypeAlias = tuple[int, int, bytes]
 # As plain numbers: the enumeration's own operators cost more than the system call. Not every system has them.
 _NO_SIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
 _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_TELL_LENGTH = int(socket.MSG_TRUNC)  # asked for, it has the kernel say how long a message was that it cut
 _CUT = int(socket.MSG_TRUNC) | int(socket.MSG_CTRUNC)
 
 
@@ -149,6 +150,27 @@ def receive(sock: socket.socket, descriptors: int = 0) -> tuple[bytes, list[int]
             os.close(fd)
         raise EngineError(f"The peer sent more than {MOST_BYTES:,} bytes or {descriptors} descriptors in a message.")
     return bytes(buffer[:nbytes]), received
+
+
+def receive_view(sock: socket.socket) -> memoryview:
+    """Receive one message without a copy, where no descriptors are expected; those that come are closed unseen.
+
+    Args:
+        sock: blocking or not.
+
+    Returns:
+        The message, empty at the end of the connection. The next one that this thread receives is written over it.
+
+    Raises:
+        BlockingIOError: the socket does not block, and there is no message.
+        ConnectionResetError: the peer went without reading all. It is said once; the peer's last messages come after.
+        EngineError: the message was longer than :data:`MOST_BYTES`; all of it is dropped.
+    """
+    buffer = _buffers.of_this_thread
+    nbytes = sock.recv_into(buffer, 0, _TELL_LENGTH)
+    if nbytes > MOST_BYTES:
+        raise EngineError(f"The peer sent more than {MOST_BYTES:,} bytes in a message.")
+    return buffer[:nbytes]
 
 
 class _Buffers(threading.local):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.errors import EngineClosedError, EngineError
-from onecard.ipc.messages import VERSION, Done, Message, Ping, Pong, Quit, ToFront, Told, Welcome
+from onecard.ipc.messages import VERSION, Done, Message, Ping, Pong, Quit, Told, Welcome
 from onecard.ipc.segment import Segment
 from onecard.server.engine_calls import Calls, Ended
 from onecard.server.engine_link import EngineLink
@@ -48,7 +48,7 @@ class EngineConnection:
         self._calls = Calls()
         self._coming: EngineLink | None = None  # the engine has not said yet that it is one
         self._welcome: asyncio.Future[Welcome] | None = None
-        self._heard: dict[type, Callable[[Any], None]] = {
+        self._hear: dict[type, Callable[[Any], None]] = {
             **hear,
             Done: self._calls.answer,
             Told: self._calls.answer,
@@ -150,9 +150,6 @@ class EngineConnection:
         """Tell the engine to end, once what waits is answered or the time is over."""
         if self.link is not None:
             self.link.send(Quit(drain_s))
-
-    def _hear(self, message: ToFront) -> None:
-        self._heard[type(message)](message)
 
     def _on_pong(self, message: Pong) -> None:
         self.pong = message

@@ -22,6 +22,7 @@ from onecard.server.engine_client import EngineClient
 from onecard.server.engine_others import OtherFronts
 from onecard.server.engine_served import Wanted
 from onecard.server.http_types import LOGGER
+from onecard.server.open_files import lacks_files
 
 _PREFIX = "onecard-engine-"
 _LEFT_S = 3600.0  # a server that is just starting does not listen yet
@@ -143,22 +144,14 @@ class EngineGuard:
             OnecardError: of the first model that cannot be opened, or the engine cannot be started.
         """
         try:
-            sweep(Path(tempfile.gettempdir()))
+            with contextlib.suppress(OSError):
+                sweep(Path(tempfile.gettempdir()))
             self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))  # only this user may enter it
         except OSError as error:
             raise StorageError(f"there is no folder for the engine's socket: {error}.", "Set TMPDIR.") from error
         self._client.on_lost = self._on_lost
         try:
-            life = self._spawn(self._folder)
-            try:
-                await self._connect(life)
-                for name, (path, options) in self._desired.items():
-                    await self._client.load(name, path, options)
-            except OnecardError as error:
-                if self._client.connected:
-                    raise
-                how = await self._end_of(life, str(error))
-                raise EngineError(f"the engine's process ended before all models were open: {how}.") from error
+            life = await self._first_life()
         except BaseException:
             await self.stop(0.0)
             raise
@@ -193,6 +186,23 @@ class EngineGuard:
         if self._life is not None and self._life.socket == socket:
             self._on_lost(reason)
 
+    async def _first_life(self) -> _Life:
+        """Start an engine and open all models; one that cannot be reached for want of descriptors has a successor."""
+        while True:
+            life = await self._next_life()
+            try:
+                await self._connect(life)
+                for name, (path, options) in self._desired.items():
+                    await self._client.load(name, path, options)
+                return life
+            except OnecardError as error:
+                if self._client.connected:
+                    raise
+                how = await self._end_of(life, str(error))
+                if not lacks_files(error):
+                    raise EngineError(f"the engine's process ended before all models were open: {how}.") from error
+                self._bury(life, how)
+
     def _spawn(self, folder: Path) -> _Life:
         path = folder / f"{self.restarts}.sock"  # another one each time: nothing old can listen there
         child = EngineChild([*self._command, "--socket", str(path), "--die-with-parent"])
@@ -213,6 +223,8 @@ class EngineGuard:
                     raise EngineError(f"its process ended before it listened: {life.child.ended.result()}.") from None
                 if time.monotonic() > until:
                     raise EngineError("its process does not listen.") from None
+            except OSError as error:
+                raise EngineError(f"its process cannot be reached: {error}.") from error
             await asyncio.sleep(_LOOK_S)
         if self.others is not None:
             self.others.engine_listens(life.socket)
@@ -260,12 +272,15 @@ class EngineGuard:
             self._observe.ended(how)
 
     async def _next_life(self) -> _Life:
+        """Start an engine as soon as that is possible; the first one must be, but for want of descriptors."""
         assert self._folder is not None
         while True:
             await asyncio.sleep(self._backoff_s())
             try:
                 return self._spawn(self._folder)
             except EngineError as error:
+                if self._keeping is None and not lacks_files(error):
+                    raise
                 LOGGER.error("%s", error)
                 self._fruitless += 1
 
@@ -379,6 +394,6 @@ def sweep(folder: Path) -> None:
 
 def _is_in_use(folder: Path) -> bool:
     for path in folder.iterdir():
-        with contextlib.suppress(OSError), contextlib.closing(packets.connect(path)):
+        with contextlib.suppress(ConnectionError), contextlib.closing(packets.connect(path)):
             return True
     return False

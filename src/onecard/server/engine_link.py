@@ -6,8 +6,9 @@ import asyncio
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,7 +24,6 @@ from onecard.ipc.messages import (
     Message,
     Refused,
     Sent,
-    ToFront,
     decode_to_front,
     encode,
     packet,
@@ -32,7 +32,7 @@ from onecard.ipc.segment import Segment
 from onecard.server.engine_request import EngineRequest
 
 _MOST_AT_ONCE = 64
-"""Packets received before the loop does something else."""
+"""Full packets received before the loop does something else."""
 
 _QUICK_S = 0.001
 """An engine that answers within so long is not sent each request by itself: see :meth:`EngineLink.send`."""
@@ -48,7 +48,7 @@ class EngineLink:
         path: of the engine's socket.
         requests: the segment of requests.
         answer_bytes: of the segment of answers, made for this connection.
-        receive: called with each message; what it raises is the engine's fault and ends the connection.
+        hear: by type: takes the messages; what it raises is the engine's fault and ends the connection.
         lost: called once with the reason when the connection ends by itself.
 
     Attributes:
@@ -65,12 +65,12 @@ class EngineLink:
         path: Path,
         requests: Segment,
         answer_bytes: int,
-        receive: Callable[[ToFront], None],
+        hear: Mapping[type, Callable[[Any], None]],
         lost: Callable[[str], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self._receive, self._lost = receive, lost
+        self._hear, self._lost = hear, lost
         self._outgoing: deque[Message | EngineRequest] = deque()
         self._sending = self._blocked = False
         self._gathering: asyncio.TimerHandle | None = None
@@ -195,32 +195,53 @@ class EngineLink:
         return True
 
     def _on_readable(self) -> None:
-        for _ in range(_MOST_AT_ONCE):
-            try:
-                data, _ = packets.receive(self._sock)
-            except BlockingIOError:
-                return
-            except (OSError, EngineError) as error:
-                self._end(f"it cannot be heard: {error}")
-                return
-            if not data:
-                self._end("it closed the connection")
-                return
-            try:
-                for message in decode_to_front(data):
-                    if type(message) is Answered:
-                        self._unanswered -= 1
-                        self._answer_s += _WEIGHT * (message.total_s - self._answer_s)
-                    elif type(message) is Refused:
-                        self._unanswered -= 1
-                    self._receive(message)
-            except (msgspec.MsgspecError, ValueError, TypeError, KeyError, EngineError) as error:
-                self._end(f"it sent what cannot be understood: {error!r}")
-                return
-            if self._closed:
-                return
-            if self._gathering is not None:
-                self._send_gathered()
+        """Hear one packet, and more behind a full one: what is left unread makes the loop call this again."""
+        try:
+            for _ in range(_MOST_AT_ONCE):
+                if self._hear_packet() < MOST_IN_PACKET:
+                    return
+        except ConnectionResetError:  # uvloop ends a reader whose socket has an error: nothing would call this again
+            while self._hear_packet():
+                pass
+
+    def _hear_packet(self) -> int:
+        """Hear the messages of the next packet, or the end of the connection.
+
+        Returns:
+            How many there were; 0 if there is no more to hear.
+
+        Raises:
+            ConnectionResetError: the engine is gone; what it sent before is still to be heard.
+        """
+        try:
+            data = packets.receive_view(self._sock)
+        except BlockingIOError:
+            return 0
+        except ConnectionResetError:
+            raise
+        except (OSError, EngineError) as error:
+            self._end(f"it cannot be heard: {error}")
+            return 0
+        if not data:
+            self._end("it closed the connection")
+            return 0
+        try:
+            messages = decode_to_front(data)
+            for message in messages:
+                if type(message) is Answered:
+                    self._unanswered -= 1
+                    self._answer_s += _WEIGHT * (message.total_s - self._answer_s)
+                elif type(message) is Refused:
+                    self._unanswered -= 1
+                self._hear[type(message)](message)
+        except (msgspec.MsgspecError, ValueError, TypeError, KeyError, EngineError) as error:
+            self._end(f"it sent what cannot be understood: {error!r}")
+            return 0
+        if self._closed:
+            return 0
+        if self._gathering is not None:
+            self._send_gathered()
+        return len(messages)
 
     def _send_released(self) -> None:
         self._releasing = False  # before they are taken: what comes from now on is sent next time

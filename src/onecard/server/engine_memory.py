@@ -12,12 +12,11 @@ import numpy as np
 from onecard.ipc.arena import Arena, ArenaFullError
 from onecard.ipc.segment import Segment
 from onecard.ipc.tensors import MARK_BYTES, RUNNING, WAITING, Target, Tensor
-from onecard.server.http_types import HttpError
+from onecard.server.http_held import never_fits, too_much_held
 from onecard.server.oip_seen import Place
 from onecard.server.oip_types import Array
 
 _ALIGNMENT_BYTES = 64
-_SOON = ((b"Retry-After", b"1"),)
 
 
 class Lease(np.ndarray[Any, np.dtype[np.uint8]]):
@@ -210,10 +209,8 @@ class RequestMemory:
             offset = self._arena.take(nbytes)
         except ArenaFullError:
             if nbytes > self._arena.nbytes:
-                raise HttpError(
-                    413, f"the request needs {nbytes:,} bytes of memory; the server has {self._arena.nbytes:,} for all."
-                ) from None
-            raise HttpError(503, "too many requests are held in memory; come back later.", _SOON) from None
+                raise never_fits(nbytes, self._arena.nbytes) from None
+            raise too_much_held() from None
         return lend(self.segment, offset, nbytes, self._freed.append)
 
     def _take_back(self) -> None:

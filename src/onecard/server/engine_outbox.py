@@ -34,7 +34,8 @@ class Outbox:
     def __init__(self, sock: socket.socket, patience_s: float = PATIENCE_S) -> None:
         self._sock = sock
         self._patience_s = patience_s
-        self._wake = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
         self._backlog: deque[bytes] = deque()
         self._put: list[bytes] = []
         self._put_bytes = 0
@@ -47,19 +48,19 @@ class Outbox:
         Raises:
             EngineError: the message is too large.
         """
-        with self._wake:
+        with self._lock:
             self._add(data)
             self._send_put()
 
     def put(self, data: bytes) -> None:
         """Have a message sent soon: whoever puts one is to flush."""
-        with self._wake:
+        with self._lock:
             self._add(data)
 
     def flush(self) -> None:
         """Send what was put."""
         if self._put:
-            with self._wake:
+            with self._lock:
                 self._send_put()
 
     @property
@@ -69,7 +70,7 @@ class Outbox:
 
     def close(self) -> None:
         """Send nothing any more, and wake up who waits for the socket."""
-        with self._wake:
+        with self._lock:
             self._closed = True
             self._backlog.clear()
             self._put.clear()
@@ -121,7 +122,7 @@ class Outbox:
             if not self._closed and not poller.poll(self._patience_s * 1000):
                 _LOGGER.error("a front has read nothing for %g s: its connection is closed", self._patience_s)
                 self.close()
-            with self._wake:
+            with self._lock:
                 if self._closed:
                     return
                 while self._backlog and self._sent(self._backlog[0]):

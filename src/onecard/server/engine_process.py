@@ -27,6 +27,7 @@ from onecard.server.engine_child import die_with_parent
 from onecard.server.engine_fronts import Front
 from onecard.server.engine_gate import Gate
 from onecard.server.engine_models import EngineModels, OpenModel, open_bundle
+from onecard.server.logs import FORMS, LEVELS, setup_logs
 
 EXIT_LOST = 70
 """Exit status of a process whose device can do nothing more for it."""
@@ -40,7 +41,7 @@ DRAIN_S = 30.0
 _TICK_S = 0.1
 _DRAIN_TICK_S = 0.005
 _RELEASE_S = 10.0  # for a model that does not come back, and for the last messages
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = logging.getLogger("onecard.server.engine_process")  # run as a program, the module has another name
 
 
 def run_engine(
@@ -165,12 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the process by its command line; does not return."""
     parser = argparse.ArgumentParser(prog="onecard.server.engine_process", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--socket", type=Path, required=True, help="where to listen")
-    parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    parser.add_argument("--log-format", default="human", choices=FORMS)
+    parser.add_argument("--log-level", default="info", choices=LEVELS)
     parser.add_argument("--die-with-parent", action="store_true", help="be killed when the starting thread ends")
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    setup_logs(options.log_format, options.log_level, process="engine")
     if options.die_with_parent:
         die_with_parent()
     status = 0

@@ -130,9 +130,9 @@ class Run:
 
     def begin(self) -> bool:
         """A batch with its first row is launched next."""
+        self._marked = True  # first: whoever fails it meanwhile is to wait for this batch
         if not _taken(self._waits):
             return False
-        self._marked = True
         self._front.requests.mark(self.infer.mark)
         return True
 
@@ -145,6 +145,7 @@ class Run:
 
     def fail(self, error: BaseException) -> None:
         """The engine has no answer to it."""
+        _taken(self._waits)  # a batch that begins behind this would write its mark to memory that was given back
         if self._serving is not None and not isinstance(error, EngineClosedError):
             self._front.models.check(self._serving)
         self._end_unread(error, time.monotonic())

@@ -159,6 +159,12 @@ class WorkerLink:
                 return
             if self.closed:
                 return
+        # There may be more, and uvloop ends a reader whose socket has an error: nothing might call this again.
+        self._loop.call_soon(self._hear_on)
+
+    def _hear_on(self) -> None:
+        if not self.closed:
+            self._on_readable()
 
     def _take(self, data: bytes) -> None:
         """Take a packet: the message's last one makes it whole."""

@@ -100,14 +100,40 @@ def test_what_the_kernel_does_not_take_is_said_with_a_cure(pair):
 
 
 @takes_the_longest
-def test_a_message_that_is_too_long_is_dropped_by_the_receiver(pair):
+@pytest.mark.parametrize("receive", [packets.receive, packets.receive_view])
+def test_a_message_that_is_too_long_is_dropped_by_the_receiver(pair, receive):
     ours, theirs = pair
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * packets.MOST_BYTES)
     ours.send(bytes(packets.MOST_BYTES + 1))
     packets.send(ours, b"next")
     with pytest.raises(EngineError, match="more than 1,048,576 bytes"):
-        packets.receive(theirs)
+        receive(theirs)
     assert packets.receive(theirs) == (b"next", [])
+
+
+@takes_the_longest
+def test_a_view_holds_one_message_wholly_until_the_next_one_comes(pair):
+    ours, theirs = pair
+    theirs.setblocking(False)
+    longest = os.urandom(packets.MOST_BYTES)
+    for message in (longest, b"next"):
+        packets.send(ours, message)
+        view = packets.receive_view(theirs)
+        assert view == message
+    with pytest.raises(BlockingIOError):
+        packets.receive_view(theirs)
+    ours.close()
+    assert packets.receive_view(theirs) == b""
+
+
+def test_descriptors_that_come_with_a_view_are_closed(pair):
+    ours, theirs = pair
+    before = open_descriptors()
+    packets.send(ours, b"three", [0, 0, 0])
+    packets.send(ours, b"next")
+    assert packets.receive_view(theirs) == b"three"
+    assert packets.receive_view(theirs) == b"next"
+    assert open_descriptors() == before
 
 
 def test_descriptors_come_with_their_message_and_are_not_inherited(pair):
@@ -177,6 +203,16 @@ def test_what_was_sent_before_the_end_is_received_though_the_peer_left_ours_unre
     packets.send(theirs, b"last")
     theirs.close()
     assert [packets.receive(ours) for _ in range(3)] == [(b"last", []), (b"", []), (b"", [])]
+
+
+def test_views_tell_of_the_reset_and_then_what_was_sent_before(pair):
+    ours, theirs = pair
+    packets.send(ours, b"unread")
+    packets.send(theirs, b"last")
+    theirs.close()
+    with pytest.raises(ConnectionResetError):
+        packets.receive_view(ours)
+    assert [bytes(packets.receive_view(ours)) for _ in range(3)] == [b"last", b"", b""]
 
 
 def test_sending_to_a_peer_that_is_gone_is_a_reset(pair):

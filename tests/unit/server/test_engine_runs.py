@@ -31,10 +31,11 @@ class Engine:
 @pytest.fixture
 def parts():
     engine, sent = Engine(), []
+    engine.marks = []
     serving = SimpleNamespace(engine=engine, counters=Counters(), as_tensors=False, version="1")
     front = SimpleNamespace(
         models=SimpleNamespace(find=lambda name: serving, check=lambda serving: None),
-        requests=SimpleNamespace(mark=lambda offset: None),
+        requests=SimpleNamespace(mark=engine.marks.append),
         outbox=SimpleNamespace(send=sent.append),
         gate=SimpleNamespace(leave=lambda: None),
         forget=lambda run: None,
@@ -58,6 +59,29 @@ def test_one_that_never_ran_is_refused_at_once(parts):
     engine.oldest = time.monotonic() - 1  # of others
     engine.receiver.fail(DeadlineError("late"))
     assert (wait_for(sent).id, len(sent)) == (7, 1)
+
+
+def test_one_that_was_refused_begins_no_more(parts):
+    engine, sent = parts
+    engine.receiver.fail(DeadlineError("late"))
+    wait_for(sent)
+    assert not engine.receiver.begin(), "a batch of another lane"
+    assert engine.marks == [], "its memory may be another request's by now"
+
+
+def test_one_that_fails_just_as_it_begins_is_refused_behind_that_batch(parts):
+    engine, sent = parts
+    run = engine.receiver
+
+    def fail_meanwhile(offset):
+        engine.oldest = time.monotonic() - 1
+        run.fail(DeadlineError("late"))
+        assert not sent, "the mark is not written yet"
+
+    run._front.requests.mark = fail_meanwhile
+    assert run.begin()
+    engine.oldest = None
+    wait_for(sent)
 
 
 def test_one_that_ran_is_refused_when_no_batch_of_its_time_runs_any_more(parts):

@@ -127,6 +127,30 @@ def test_errors_keep_their_words_and_status(error):
     assert isinstance(there, UsageError if isinstance(error, ProtocolError) else type(error))
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_side_that_dies_with_messages_unread_is_heard_to_its_end(loop):
+    """The kernel makes an error of that end, and uvloop then calls a reader once and never again."""
+
+    async def what() -> None:
+        mine, its = pair()
+        its.setblocking(False)
+        ours = Side(mine)
+        ours.link.send(AskState(1))
+        reasons = [str(number) for number in range(200)]
+        for reason in reasons:
+            its.send(b"." + encode(EngineLost("/s", reason)))
+        its.close()
+        await until(lambda: ours.lost)
+        assert [message.reason for message in ours.heard] == reasons
+        assert ours.lost == ["it closed the connection"]
+
+    running = new_loop(loop)
+    try:
+        running.run_until_complete(what())
+    finally:
+        running.close()
+
+
 def test_a_message_may_be_longer_than_a_packet_and_the_order_stays(between):
     reasons = [str(size) + "x" * size for size in (0, PIECE_BYTES - 30, PIECE_BYTES, 3 << 20, 5, 5 * PIECE_BYTES, 1)]
 
