@@ -43,7 +43,10 @@ def expose(snapshot: Snapshot, accept: str = "", compatibility: Compatibility = 
         from prometheus_client.exposition import choose_encoder
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"metrics need {error.name}.", "pip install 'onecard[serve]'") from error
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except Exception:  # it reads versions that clients made up
+        encode, content_type = choose_encoder("")
     return Page(encode(cast("Collector", _Families(snapshot, compatibility))), content_type)
 
 

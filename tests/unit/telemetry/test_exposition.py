@@ -90,6 +90,20 @@ def test_both_formats_say_the_same():
     assert units["onecard_requests_answered"] == ""
 
 
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=abc",
+        "application/openmetrics-text;version=1.0.0;version",
+        "text/plain;version=\xff;escaping=?",
+        "application/openmetrics-text;version=;escaping=,;;=,",
+    ],
+)
+def test_a_form_that_nobody_can_read_is_no_fault_of_the_server(accept):
+    page = expose(snapshot(3), accept)
+    assert page.content_type and b"onecard_requests_answered_total" in page.body
+
+
 def test_every_metric_is_there_when_all_is_known():
     both = text(snapshot(1)) + text(snapshot(1, on_cpu=True))
     shown = set(re.findall(r"^# TYPE (\w+)", both, re.MULTILINE))
