@@ -31,6 +31,11 @@ def read_arrays(path: Path) -> Arrays:
     try:
         if path.suffix == ".safetensors":
             return _plain(dict(load_file(path)), path)
+        if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle, and say so
+            raise DataError(
+                f"{path} cannot be read: it is no .npz file, or a damaged one.",
+                "Save the arrays by input name with numpy.savez.",
+            )
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (SafetensorError, ValueError, zipfile.BadZipFile, OSError, EOFError, TypeError) as error:

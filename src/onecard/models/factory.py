@@ -21,7 +21,7 @@ from onecard.models.assemble import assemble
 from onecard.models.model import Model, Origin
 from onecard.models.request import Request
 from onecard.models.weights import load_strictly, read_checkpoint
-from onecard.models.wording import first_line
+from onecard.models.wording import what_it_did
 
 _FORM = "Write it like 'package.module:callable' or 'path/file.py:callable'."
 
@@ -71,9 +71,14 @@ def import_place(place: str) -> ModuleType:
             f"cannot import '{place}': there is no module '{error.name}'.",
             "Install its package, or give the file itself: path/file.py:callable.",
         ) from error
+    except SystemExit as error:  # a script that reads its arguments, say
+        raise ModelError(
+            f"importing '{place}' {what_it_did(error)}.",
+            "Keep what a script does under if __name__ == '__main__'.",
+        ) from error
     except Exception as error:  # the user's own code
         raise ModelError(
-            f"importing '{place}' raised {first_line(error)}.", "Run it with python to see the whole traceback."
+            f"importing '{place}' {what_it_did(error)}.", "Run it with python to see the whole traceback."
         ) from error
 
 
@@ -125,9 +130,9 @@ def call_factory(code: ModuleType, name: str, reference: str) -> nn.Module:
         return factory
     try:
         module = factory()
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise ModelError(
-            f"calling {reference} raised {first_line(error)}.", "It must take no arguments and return the model."
+            f"calling {reference} {what_it_did(error)}.", "It must take no arguments and return the model."
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(
@@ -143,9 +148,9 @@ def _with_examples(request: Request, module: nn.Module, code: ModuleType, refere
     if callable(examples):
         try:
             examples = examples()
-        except Exception as error:  # the user's own code
+        except (Exception, SystemExit) as error:  # the user's own code
             raise ModelError(
-                f"example_inputs of {reference} raised {first_line(error)}.", "Or give --input instead."
+                f"example_inputs of {reference} {what_it_did(error)}.", "Or give --input instead."
             ) from error
     if examples is None:
         return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: no such file, not readable, or not a mapping of names to tensors.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -32,7 +32,15 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except pickle.UnpicklingError as error:  # torch's own text is long, in bold, and advises to run the file's code
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ModelError(
+            f"the weights file {path} holds more than tensors{f' ({found[1]})' if found else ''}, or is no checkpoint: "
+            "onecard unpickles no objects.",
+            "Save the tensors alone: safetensors.torch.save_file(model.state_dict(), 'model.safetensors') or "
+            "torch.save(model.state_dict(), path).",
+        ) from error
+    except Exception as error:  # the readers raise what they like on files that are something else
         raise ModelError(
             f"the weights file {path} cannot be read: {first_line(error)}.",
             "Give a .safetensors file or a state dict saved with torch.save(model.state_dict(), path).",

@@ -12,6 +12,8 @@ from torch import nn
 from onecard.errors import MissingDependencyError, ModelError, SpecError
 from onecard.models.factory import import_place
 from onecard.models.load import LOADERS, classify, load_model
+from onecard.models.weights import read_checkpoint
+from onecard.models.wording import first_line
 from onecard.spec import Range
 
 IMAGE = "image: float32[B,3,8,8], B=1..8"
@@ -143,21 +145,37 @@ def test_answers_that_cannot_be_carried(answer: object, match: str) -> None:
         load_model(Odd(), inputs=["x: float32[2]"])
 
 
+LEAVES = """import sys
+def make():
+    sys.exit(0)
+def net():
+    from torch import nn
+    return nn.ReLU()
+def example_inputs():
+    sys.exit()
+"""
+
+
 @pytest.mark.parametrize(
     ("reference", "match"),
     [
         ("nowhere/model.py:small", "does not exist"),
         ("no_such_package_at_all.mod:make", "no module 'no_such_package_at_all'"),
         ("{file}:smal", "Is it one of small"),
-        ("{file}:raises", "raised RuntimeError: no weights today"),
+        ("{file}:raises", r"raised RuntimeError: no weights today \(at .*small_models.py:\d+\)"),
         ("{file}:no_module", "returned a str"),
-        ("{folder}/broken.py:make", "raised ZeroDivisionError"),
+        ("{folder}/broken.py:make", r"raised ZeroDivisionError.* \(at .*broken.py:1\)"),
+        ("{folder}/script.py:make", r"importing '.*script.py' called sys.exit\(2\) \(at .*script.py:2\)"),
+        ("{folder}/leaves.py:make", r"calling .*leaves.py:make called sys.exit\(0\) \(at .*leaves.py:3\)"),
+        ("{folder}/leaves.py:net", r"example_inputs of .*leaves.py:net called sys.exit\(\)"),
         ("{folder}/missing.onnx", "does not exist"),
         ("{folder}/broken.py", "no reference to a model"),
     ],
 )
 def test_broken_references_have_a_cure(reference: str, match: str, factory_file: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--what'])\n")
+    (tmp_path / "leaves.py").write_text(LEAVES)
     with pytest.raises(ModelError, match=match) as caught:
         load_model(reference.format(file=factory_file, folder=tmp_path))
     assert caught.value.cure
@@ -189,9 +207,28 @@ class Evil:
 
 def test_weights_that_are_code_are_not_run(factory_file: Path, tmp_path: Path) -> None:
     torch.save({"conv.bias": Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="holds more than tensors"):
         load_model(f"{factory_file}:small", weights=tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_module_is_told_in_plain_words(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(ModelError) as caught:
+        read_checkpoint(tmp_path / "module.pt")
+    assert "holds more than tensors (torch.nn.modules.linear.Linear)" in str(caught.value)
+    assert "save_file" in caught.value.cure and "torch.save(model.state_dict(), path)" in caught.value.cure
+    assert "\x1b" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_weights_that_are_some_other_file_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "junk.pt").write_bytes(b"hello world this is junk")  # torch raises a KeyError
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_checkpoint(tmp_path / "junk.pt")
+
+
+def test_words_set_in_bold_are_quoted_plainly() -> None:
+    assert first_line(ValueError("\x1b[1mdo not\x1b[0m do it")) == "ValueError: do not do it"
 
 
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
