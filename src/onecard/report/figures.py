@@ -25,6 +25,7 @@ LABELS = {
     "unsupported": ("○", "unsupported"),
     "skipped": ("○", "skipped"),
 }
+_UNTRIED = ("skipped", "unavailable")
 _ORDER = {reason: position for position, reason in enumerate(LABELS)}
 
 
@@ -136,7 +137,7 @@ def _outcome(evidence: Evidence) -> Iterator[Fragment]:
     else:
         yield from (("text", " answers in "), ("number", f"{fmt.duration_ms(timing.median_ms)}{at}"))
     if evidence.chosen == ORIGINAL.id:
-        yield ("text", ". It is the original: no variant that agrees with it was faster by more than the noise.")
+        yield ("text", f". It is the original{_why_original(evidence)}.")
         return
     if reference is not None:
         was = (
@@ -146,6 +147,16 @@ def _outcome(evidence: Evidence) -> Iterator[Fragment]:
         )
         yield from _faster(won_speedup(evidence, bucket), was)
     yield from _agrees(evidence)
+
+
+def _why_original(evidence: Evidence) -> str:
+    others = [c for c in evidence.candidates if c.id != ORIGINAL.id]
+    if all(c.verdict.reason in _UNTRIED for c in others):
+        return "; nothing else was tried"
+    elsewhere = [fmt.sizes(b) for b in buckets(evidence) if winner(evidence, b) != ORIGINAL.id]
+    if elsewhere:
+        return f"; another variant serves {', '.join(elsewhere)}" if len(buckets(evidence)) > 1 else ""
+    return ": no variant that agrees with it was faster by more than the noise"
 
 
 def _faster(ratio: float, was: str) -> Iterator[Fragment]:

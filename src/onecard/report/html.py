@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterable
 from html import escape
@@ -38,9 +39,21 @@ def write_report(evidence: Evidence, path: Path, tuned: Tuning | None = None) ->
     try:
         path.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise StorageError(
-            f"cannot write the report {path}: {error.strerror or error}.", "Is the disk full?"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> StorageError:
+    if path.is_dir():
+        return StorageError(f"cannot write the report {path}: it is a folder.", f"Name a file: {path / 'report.html'}.")
+    if not path.absolute().parent.is_dir():
+        return StorageError(
+            f"cannot write the report {path}: there is no folder {path.absolute().parent}.", "Make it first."
+        )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return StorageError(
+        f"cannot write the report {path}: {error.strerror or error}.",
+        "Free some space." if full else "Choose another place.",
+    )
 
 
 def render(evidence: Evidence, bundle: str = "", tuned: Tuning | None = None) -> str:

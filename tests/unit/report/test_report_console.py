@@ -5,7 +5,7 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
-from onecard.evidence import Verdict
+from onecard.evidence import Rank, Verdict
 from onecard.recipe import ORIGINAL
 from onecard.report.console import print_table, summary_line
 from tests.unit.report.evidence_sample import sample
@@ -69,6 +69,25 @@ def test_the_summary_is_one_sentence_with_the_numbers():
 def test_the_summary_when_the_original_stays():
     line = summary_line(replace(sample(), chosen=ORIGINAL.id, ranks=()))
     assert line.startswith("`eager` answers in 25.4 ms at B=1. It is the original")
+
+
+def test_the_summary_when_nothing_else_was_tried():
+    skipped = [
+        replace(c, verdict=Verdict("skipped", "interrupted")) for c in sample().candidates if c.id != ORIGINAL.id
+    ]
+    for others in ([], skipped):
+        original = next(c for c in sample().candidates if c.id == ORIGINAL.id)
+        line = summary_line(replace(sample(), candidates=(original, *others), chosen=ORIGINAL.id, ranks=()))
+        assert line.endswith("It is the original; nothing else was tried.")
+
+
+def test_the_summary_when_the_original_stays_but_not_everywhere():
+    names = [ORIGINAL.id, "inductor+bf16"]
+    ranks = [Rank({"B": 1}, tuple(names), 1.0, 0.01), Rank({"B": 8}, tuple(reversed(names)), 5.5, 0.01)]
+    line = summary_line(replace(sample(), chosen=ORIGINAL.id, ranks=tuple(ranks)))
+    assert line.endswith("It is the original; another variant serves B=8.")
+    alone = replace(sample(), chosen=ORIGINAL.id, buckets=({"B": 8},), ranks=(ranks[1],))
+    assert summary_line(alone).endswith("It is the original.")
 
 
 def test_the_summary_for_throughput_speaks_of_rows():

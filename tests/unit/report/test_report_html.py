@@ -184,5 +184,11 @@ def test_a_folder_with_an_odd_name_is_not_put_into_code():
 def test_it_is_written_and_a_folder_that_is_not_there_is_told(tmp_path):
     write_report(sample(), tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
-    with pytest.raises(StorageError, match="cannot write the report"):
+    with pytest.raises(StorageError, match=r"cannot write the report .*: there is no folder .*missing") as caught:
         write_report(sample(), tmp_path / "missing" / "report.html")
+    assert "disk" not in str(caught.value)
+
+
+def test_a_folder_in_the_place_of_the_page_is_told(tmp_path):
+    with pytest.raises(StorageError, match=r"it is a folder. Name a file: .*report.html"):
+        write_report(sample(), tmp_path)
