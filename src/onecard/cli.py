@@ -22,7 +22,8 @@ from onecard import (
     cli_serve,
     cli_training,
 )
-from onecard.errors import InterruptedSearch, OnecardError, UsageError
+from onecard.errors import InterruptedSearch, ModelError, OnecardError, UsageError
+from onecard.report.machine import user_code_on_stderr
 from onecard.units import parse_duration, parse_size
 
 app = typer.Typer(
@@ -47,13 +48,18 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
         list[str] | None, typer.Option("--input", help="An input: 'image: float32[B,3,224,224], B=1..64'. Repeat it.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="State dict: .safetensors, .pt or .pth.")] = None,
-    data: Annotated[str | None, typer.Option(help="Labelled data: .npz, .safetensors or module:callable.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled data: .npz, .safetensors, file.py:callable or module:callable.")
+    ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="Representative rows for INT8/FP8 scales; by default those of --data.")
+        str | None,
+        typer.Option(help="Representative rows for INT8/FP8 scales, in the same forms; by default --data's."),
     ] = None,
     pruned: Annotated[Path | None, typer.Option(help="A .pt2 file that 'onecard prune' wrote, to try as well.")] = None,
     qat: Annotated[Path | None, typer.Option(help="A .pt2 file that 'onecard qat' wrote, to try as well.")] = None,
-    metric: Annotated[str, typer.Option(help="accuracy, top5, f1, recall@5 ..., or module:callable.")] = "",
+    metric: Annotated[
+        str, typer.Option(help="accuracy, top5, f1, recall@5 ..., file.py:callable or module:callable.")
+    ] = "",
     objective: Annotated[str, typer.Option(help="latency, throughput, memory or size.")] = "latency",
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to build for and time. Repeat it.")] = None,
     max_latency_p99: Annotated[str | None, typer.Option(help="No slower than this: 5ms.")] = None,
@@ -61,7 +67,9 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
     device_memory: Annotated[
         str | None, typer.Option(help="Run within so much of the device's memory, streaming weights if need be: 4GiB.")
     ] = None,
-    max_drop: Annotated[float, typer.Option(help="How far the metric may fall.")] = 0.01,
+    max_drop: Annotated[
+        float | None, typer.Option(help="How far the metric may fall; by default 0.01.", show_default=False)
+    ] = None,
     threshold: Annotated[
         list[str] | None, typer.Option(help="Largest relative error by precision: bf16=0.1. Repeat it.")
     ] = None,
@@ -79,13 +87,13 @@ def optimize(  # noqa: PLR0913, PLR0917 - the options are the interface
         "max_latency_p99_ms": parse_duration(max_latency_p99) * 1000 if max_latency_p99 else None,
         "max_memory_bytes": parse_size(max_memory) if max_memory else None,
         "device_memory": parse_size(device_memory) if device_memory else None,
-        "max_drop": max_drop,
         "recipes": tuple(recipe or ()),
         "time_limit_s": parse_duration(time_limit),
         "candidate_time_limit_s": parse_duration(candidate_time_limit),
         "metric": _absolute(metric),
         "fresh": fresh,
         "thresholds": _thresholds(threshold or []),
+        **_max_drop(max_drop, metric),
     }
     from onecard.api import make_bundle, prepare
     from onecard.live import LiveView
@@ -180,10 +188,7 @@ def report(
 
     evidence = read_evidence(bundle)
     page = output or Path(f"{bundle.absolute().name.removesuffix('.onecard')}-report.html")
-    try:
-        write_report(evidence, page, read_tuning(bundle))
-    except OSError as error:
-        raise UsageError(f"{page} cannot be written: {error.strerror}.", "Choose another place with -o.") from error
+    write_report(evidence, page, read_tuning(bundle))
     _out.print(str(page.absolute()), soft_wrap=True, markup=False)
 
 
@@ -202,7 +207,8 @@ def doctor(
 
     if load and bundle is None:
         raise UsageError("--load is about a bundle:", "write onecard doctor BUNDLE --load.")
-    found = visit(device, bundle, load=load)
+    with user_code_on_stderr(json):
+        found = visit(device, bundle, load=load)
     if json:
         from onecard.evidence import to_json
 
@@ -230,6 +236,17 @@ def _thresholds(texts: list[str]) -> dict[str, float]:
     return found
 
 
+def _max_drop(given: float | None, metric: str) -> dict[str, float]:
+    """The option, if it was given: without a metric nothing would look at it."""
+    if given is None:
+        return {}
+    if not given >= 0:  # NaN neither
+        raise UsageError(f"--max-drop is {given}, expected 0 or more.")
+    if not metric:
+        raise UsageError("--max-drop is about the metric, and there is none.", "Name it with --metric, beside --data.")
+    return {"max_drop": given}
+
+
 def _absolute(reference: str) -> str:
     """A ``file.py:callable`` whose file is found from any folder, for the workers."""
     path, colon, name = reference.rpartition(":")
@@ -241,6 +258,15 @@ def _fail(error: OnecardError) -> int:
     if error.cure:
         _err.print(f"       {escape(error.cure)}", soft_wrap=True)
     return error.exit_code
+
+
+def _ended(error: SystemExit) -> ModelError:
+    """No command of onecard's ends like this: it was a model, or a function that --data, --metric or --loss names."""
+    return ModelError(
+        f"your own code called sys.exit({'' if error.code is None else repr(error.code)}).",
+        "In the file that --data, --metric or --loss names, keep what a script does under if __name__ == '__main__', "
+        "and let functions return.",
+    )
 
 
 def _crash(error: Exception) -> int:
@@ -276,6 +302,8 @@ def main() -> None:
         code = _fail(InterruptedSearch("stopped; nothing was written.", "What is done is kept: run it again."))
     except BrokenPipeError:
         code = 1
+    except SystemExit as error:
+        code = 1 if isinstance(error.__context__, BrokenPipeError) else _fail(_ended(error))  # typer's, or somebody's
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the option parser shows itself
         if show is not None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from onecard.report.machine import user_code_on_stderr
 from onecard.units import parse_duration
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def plan_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         measure=not no_measure,
         time_limit_s=parse_duration(time_limit),
     )
-    with _Progress(Console(stderr=True, highlight=False)) as progress:
+    with user_code_on_stderr(json), _Progress(Console(stderr=True, highlight=False)) as progress:
         found = make_plan(target, inputs=inputs or (), weights=weights, options=options, observe=progress.update)
     if json:
         sys.stdout.write(to_json(found).decode() + "\n")

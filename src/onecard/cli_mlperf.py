@@ -34,7 +34,10 @@ def register(app: typer.Typer) -> None:
 def mlperf_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     bundle: Annotated[Path, typer.Argument(help="A folder that 'onecard optimize' wrote.")],
     scenario: Annotated[str, typer.Option(help="SingleStream, MultiStream, Server or Offline.")],
-    data: Annotated[str, typer.Option(help="The samples: .npz, .safetensors or module:callable; labels for accuracy.")],
+    data: Annotated[
+        str,
+        typer.Option(help="The samples: .npz, .safetensors, file.py:callable or module:callable; labels for accuracy."),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder for LoadGen's files and the result.")],
     mode: Annotated[str, typer.Option(help="performance, or accuracy: each sample once.")] = "performance",
     qps: Annotated[
@@ -47,7 +50,9 @@ def mlperf_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     min_duration: Annotated[str, typer.Option(help="Run for at least so long.")] = "60s",
     min_queries: Annotated[int, typer.Option(help="Send at least so many queries; in Offline, samples.")] = 100,
     samples_per_query: Annotated[int, typer.Option(help="In MultiStream.")] = 8,
-    metric: Annotated[str, typer.Option(help="For accuracy: accuracy, top5, f1 ..., or module:callable.")] = "accuracy",
+    metric: Annotated[
+        str, typer.Option(help="For accuracy: accuracy, top5, f1 ..., file.py:callable or module:callable.")
+    ] = "accuracy",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:

@@ -38,17 +38,20 @@ def prune(  # noqa: PLR0913, PLR0917 - the options are the interface
     output: Annotated[Path, typer.Option("-o", "--output", help="The .pt2 program to write.")],
     criterion: Annotated[str, typer.Option(help="magnitude or taylor.")] = "magnitude",
     train: Annotated[
-        str | None, typer.Option(help="Rows to fine-tune on: .npz, .safetensors or module:callable.")
+        str | None,
+        typer.Option(help="Rows to fine-tune on: .npz, .safetensors, file.py:callable or module:callable."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Of the last fine-tuning; each before has a quarter of them.")] = 4,
     batch: Annotated[int, typer.Option(help="Rows a step of the fine-tuning.")] = 32,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 5e-4,
-    loss: Annotated[str, typer.Option(help="module:callable f(outputs, labels) -> scalar tensor.")] = "",
+    loss: Annotated[
+        str, typer.Option(help="file.py:callable or module:callable, f(outputs, labels) -> scalar tensor.")
+    ] = "",
     steps: Annotated[int, typer.Option(help="In how many steps to prune.")] = 3,
     round_to: Annotated[int, typer.Option(help="Leave channels in multiples of it.")] = 8,
     keep: Annotated[list[str] | None, typer.Option(help="Layers that lose no channels: a glob. Repeat it.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows to judge by; else the last tenth of --train.")] = None,
-    metric: Annotated[str, typer.Option(help="accuracy, top5, f1 ..., or module:callable.")] = "",
+    metric: Annotated[str, typer.Option(help="accuracy, top5, f1 ..., file.py:callable or module:callable.")] = "",
     max_drop: Annotated[float | None, typer.Option(help="How far the metric or agreement may fall.")] = None,
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="An input: 'image: float32[B,3,224,224], B=1..64'. Repeat it.")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from onecard.report.machine import user_code_on_stderr
 from onecard.units import parse_duration
 
 if TYPE_CHECKING:
@@ -65,13 +66,14 @@ def tune_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         tuple(ingest or ()),
     )
     if dry_run:
-        plan = plan_tuning(bundle, device=device, options=options)
+        with user_code_on_stderr(json):
+            plan = plan_tuning(bundle, device=device, options=options)
         if json:
             sys.stdout.write(to_json(plan).decode() + "\n")
         else:
             _print_plan(plan)
         return
-    with _View(_err) as view:
+    with user_code_on_stderr(json), _View(_err) as view:
         command = shlex.join(["onecard", *sys.argv[1:]])
         found = tune(bundle, device=device, options=options, observe=view.update, command=command)
     if json:

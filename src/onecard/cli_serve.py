@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from onecard.errors import UsageError
+from onecard.errors import OnecardError, UsageError
 from onecard.server.config import config_callback
 from onecard.units import parse_duration, parse_size
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from onecard.telemetry.exposition import Compatibility
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_MOST_PORT = 65_535
+_LEAST_MEMORY = 1 << 20
 _err = Console(stderr=True, highlight=False)
 
 
@@ -50,12 +53,21 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         bool, typer.Option(envvar="ONECARD_WATCH", help="Load, reload and unload as the repository's folder changes.")
     ] = False,
     host: Annotated[str, typer.Option(envvar="ONECARD_HOST", help="The address to listen on.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(envvar="ONECARD_HTTP_PORT", help="0 for one that is free.")] = 8000,
+    http_port: Annotated[
+        int, typer.Option(min=0, max=_MOST_PORT, envvar="ONECARD_HTTP_PORT", help="0 for one that is free.")
+    ] = 8000,
     grpc: Annotated[bool, typer.Option(envvar="ONECARD_GRPC", help="Whether to serve gRPC as well.")] = True,
-    grpc_port: Annotated[int, typer.Option(envvar="ONECARD_GRPC_PORT", help="0 for one that is free.")] = 8001,
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=_MOST_PORT, envvar="ONECARD_GRPC_PORT", help="0 for one that is free.")
+    ] = 8001,
     metrics_port: Annotated[
         int,
-        typer.Option(envvar="ONECARD_METRICS_PORT", help="For /metrics alone; 0 for one that is free, -1 for none."),
+        typer.Option(
+            min=-1,
+            max=_MOST_PORT,
+            envvar="ONECARD_METRICS_PORT",
+            help="For /metrics alone; 0 for one that is free, -1 for none.",
+        ),
     ] = 8002,
     metrics_compat: Annotated[
         str, typer.Option(envvar="ONECARD_METRICS_COMPAT", help="triton: its names of metrics as well.")
@@ -95,7 +107,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     answer_memory: Annotated[
         str, typer.Option(envvar="ONECARD_ANSWER_MEMORY", help="Shared memory for answers that are being sent.")
     ] = "256MiB",
-    max_connections: Annotated[int, typer.Option(envvar="ONECARD_MAX_CONNECTIONS", help="Open at once.")] = 1000,
+    max_connections: Annotated[int, typer.Option(min=1, envvar="ONECARD_MAX_CONNECTIONS", help="Open at once.")] = 1000,
     workers: Annotated[
         int, typer.Option(min=1, max=64, envvar="ONECARD_WORKERS", help="Processes with sockets, on the same ports.")
     ] = 1,
@@ -163,7 +175,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     from onecard.server.logs import setup_logs
     from onecard.server.raw_forms import check_forms
     from onecard.server.repository import Source, read_names
-    from onecard.server.serve import ServeOptions, run_server
+    from onecard.server.serve import ENGINE_COMMAND, ServeOptions, run_server
     from onecard.server.traces import TraceOptions
     from onecard.server.worker_keeper import KeeperOptions
     from onecard.server.worker_messages import TlsFiles
@@ -173,17 +185,18 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         raise UsageError("--tls-key and --tls-client-ca need --tls-certificate.", "Give the certificate as well.")
     tls = tls_context(tls_certificate, tls_key, tls_client_ca) if tls_certificate else None
     setup_logs(cast("Form", log_format), log_level)
+    announcer = _Announcer(logged=log_format == "json")
     access = _access(auth_token_file, control_token_file)
     names = read_names(named_bundles(ctx, bundles))
     check_forms(ingest or (), None if model_repository else names)
     if host not in _LOOPBACK and tls is None:
         tokens = "" if auth_token_file else " and without tokens"
-        _err.print(f"[yellow]warning:[/] {escape(host)} may be reached from elsewhere, without TLS{tokens}.")
+        announcer.warn(f"{host} may be reached from elsewhere, without TLS{tokens}.")
     options = ServeOptions(
         {name: Source(path, _model(model_options(ctx, name))) for name, path in names.items()},
         Listen(host, http_port, uds, tls=tls),
         HttpLimits(max_body_bytes=parse_size(max_body), max_connections=max_connections),
-        ClientOptions(parse_size(request_memory), parse_size(answer_memory)),
+        ClientOptions(_memory("--request-memory", request_memory), _memory("--answer-memory", answer_memory)),
         GuardOptions(hang_s=parse_duration(hang_timeout), hang_batch_s=parse_duration(batch_timeout)),
         access,
         access_log,
@@ -192,6 +205,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         model_repository,
         watch,
         _model(model_options(ctx, "")),
+        (*ENGINE_COMMAND, "--log-format", log_format, "--log-level", log_level),
         drain_s=parse_duration(drain_timeout),
         workers=WorkersOptions(
             workers,
@@ -205,7 +219,13 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
         metrics_names=_names(metrics_compat),
         grpc=GrpcListen(host, grpc_port, None, 0o600, tls_certificate, tls_key, tls_client_ca) if grpc else None,
     )
-    run_server(options, _Announcer())
+    try:
+        run_server(options, announcer)
+    except OnecardError as error:
+        if log_format != "json":
+            raise
+        announcer.fail(error)
+        raise typer.Exit(error.exit_code) from error
 
 
 def _model(values: Mapping[str, Any]) -> ModelOptions:
@@ -242,6 +262,14 @@ def _sentinel_device(value: str) -> str:
     return value
 
 
+def _memory(option: str, text: str) -> int:
+    """Bytes of memory that the server's processes share; less than the smallest is of no use to any request."""
+    nbytes = parse_size(text)
+    if nbytes < _LEAST_MEMORY:
+        raise UsageError(f"{option} is '{text[:32]}', expected {_LEAST_MEMORY >> 20}MiB or more.")
+    return nbytes
+
+
 def _names(value: str) -> Compatibility:
     if value not in ("", "triton"):
         raise UsageError(f"--metrics-compat is '{value[:32]}', expected triton.")
@@ -255,24 +283,47 @@ def _access(auth: Path | None, control: Path | None) -> Access:
 
 
 class _Announcer:
-    """Says on the terminal how far the server is."""
+    """Says how far the server is.
+
+    Args:
+        logged: whether as records of the log, which a program reads, and not as lines for people.
+    """
+
+    def __init__(self, logged: bool) -> None:
+        self._logged = logged
+        self._logger = logging.getLogger("onecard.server")
+
+    def warn(self, text: str) -> None:
+        if self._logged:
+            self._logger.warning("%s", text)
+        else:
+            _err.print(f"[yellow]warning:[/] {escape(text)}")
+
+    def fail(self, error: OnecardError) -> None:
+        self._logger.critical("%s", error)
 
     def listening(self, server: HttpServer) -> None:
         for each in server.sockets:
-            _err.print(f"listening on {escape(_address(each.getsockname()))}", soft_wrap=True)
+            self._say("listening", f"on {_address(each.getsockname())}")
 
     def listening_grpc(self, port: int) -> None:
-        _err.print(f"gRPC on port {port}")
+        self._say("gRPC", f"on port {port}")
 
     def listening_metrics(self, port: int) -> None:
-        _err.print(f"metrics on port {port}")
+        self._say("metrics", f"on port {port}")
 
     def ready(self, serving: Serving) -> None:
         for model in serving.client.models.values():
             if model.contract is not None:
                 also = "".join(f", also {tensor}" for tensor in model.contract.also)
                 what = f"{model.contract.spec}{also} on {model.device}"
-                _err.print(f"[green]ready[/] {escape(model.name)}: {escape(what)}", soft_wrap=True)
+                self._say("ready", f"{model.name}: {what}", "green")
+
+    def _say(self, word: str, text: str, style: str = "none") -> None:
+        if self._logged:
+            self._logger.info("%s %s", word, text)
+        else:
+            _err.print(f"[{style}]{word}[/] {escape(text)}", soft_wrap=True)
 
 
 def _address(name: Any) -> str:

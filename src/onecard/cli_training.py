@@ -31,15 +31,24 @@ InputOption = Annotated[
     list[str] | None, typer.Option("--input", help="An input: 'image: float32[B,3,224,224], B=1..64'. Repeat it.")
 ]
 WeightsOption = Annotated[Path | None, typer.Option(help="State dict: .safetensors, .pt or .pth.")]
-TrainOption = Annotated[str, typer.Option("--train", help="Training data: .npz, .safetensors or module:callable.")]
+TrainOption = Annotated[
+    str,
+    typer.Option("--train", help="Training data: .npz, .safetensors, file.py:callable or module:callable."),
+]
 EpochsOption = Annotated[int, typer.Option(help="Passes over the training data.")]
 BatchOption = Annotated[int, typer.Option(help="Rows a step.")]
 RateOption = Annotated[float, typer.Option("--lr", help="The highest learning rate.")]
 LossOption = Annotated[
-    str, typer.Option(help="module:callable, f(outputs, labels) -> scalar; by default the labels' and the original's.")
+    str,
+    typer.Option(
+        help="file.py:callable or module:callable, f(outputs, labels) -> scalar; by default the labels' and the "
+        "original's."
+    ),
 ]
 DataOption = Annotated[str | None, typer.Option(help="Rows to judge by; by default a tenth of --train is put aside.")]
-MetricOption = Annotated[str, typer.Option(help="accuracy, top5, f1, recall@5 ..., or module:callable.")]
+MetricOption = Annotated[
+    str, typer.Option(help="accuracy, top5, f1, recall@5 ..., file.py:callable or module:callable.")
+]
 SeedOption = Annotated[int, typer.Option(help="Of the order of rows.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda:0.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted training left.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -40,6 +41,11 @@ MISTAKES = {
     "bad duration": (["{zoo}:small", "--input", INPUT, "--time-limit", "soon"], 2, "10m"),
     "bad size": (["{zoo}:small", "--input", INPUT, "--max-memory", "lots"], 2, "2GiB"),
     "metric without data": (["{zoo}:small", "--input", INPUT, "--metric", "accuracy"], 2, "--data"),
+    "drop without metric": (["{zoo}:small", "--input", INPUT, "--max-drop", "0.1"], 2, "--metric"),
+    "negative drop": (["{zoo}:small", "--input", INPUT, "--metric", "f1", "--max-drop", "-0.1"], 2, "0 or more"),
+    "drop of NaN": (["{zoo}:small", "--input", INPUT, "--metric", "f1", "--max-drop", "nan"], 2, "0 or more"),
+    "data that exits": (["{zoo}:small", "--input", INPUT, "--data", "{zoo}:leaves"], 3, "own code called sys.exit(0)"),
+    "factory that exits": (["{zoo}:leaves"], 3, "called sys.exit(0) (at "),
     "missing data": (["{zoo}:small", "--input", INPUT, "--data", "nothing.npz"], 4, "nothing.npz"),
     "missing weights": (["{zoo}:small", "--input", INPUT, "--weights", "no.safetensors"], 3, "no.safetensors"),
     "unknown option": (["{zoo}:small", "--frobnicate"], 2, "--frobnicate"),
@@ -57,6 +63,7 @@ def test_mistakes(
 ) -> None:
     arguments, code, hint = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
+    model_file.write_text(model_file.read_text() + "\n\ndef leaves():\n    raise SystemExit(0)\n")
     before = sorted(os.listdir(tmp_path))
     filled = [a.replace("{zoo}", str(model_file)) for a in arguments]
     got, text = _onecard(monkeypatch, capsys, "optimize", *filled)
@@ -160,12 +167,17 @@ def test_run_with_wrong_arrays(
     np.savez("name.npz", picture=np.zeros((1, 3, 16, 16), np.float32))
     np.savez("dtype.npz", image=np.zeros((1, 3, 16, 16)))
     np.savez("shape.npz", image=np.zeros((9, 3, 16, 16), np.float32))
+    np.save("array.npy", np.zeros((1, 3, 16, 16), np.float32))
+    Path("array.npy").rename("array.npz")
+    Path("text.npz").write_text("no arrays here")
     np.savez("object.npz", image=np.array([{"a": 1}], dtype=object))
     for name, code, hint in (
         ("name.npz", 2, "no input 'picture'"),
         ("dtype.npz", 2, "is float64, expected image: float32"),
         ("shape.npz", 2, "B=9 is outside the range B=1..4"),
         ("object.npz", 4, "cannot be read"),
+        ("array.npz", 4, "it is no .npz file"),
+        ("text.npz", 4, "it is no .npz file"),
         ("absent.npz", 4, "no file absent.npz"),
     ):
         got, text = _onecard(monkeypatch, capsys, "run", str(bundle), name, "-o", "out.npz")
@@ -184,3 +196,44 @@ def test_what_is_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = _onecard(monkeypatch, capsys, "doctor", "--device", "cpu")
     assert code in (0, 1) and "torch" in text
+
+
+CHATTY = """
+import os
+
+import torch
+from torch import nn
+
+print("imported")
+os.system("echo native")
+
+
+class Chatty(nn.Module):
+    def forward(self, image):
+        print("called")
+        return image + 1
+"""
+
+
+def test_what_a_model_prints_is_kept_out_of_json(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "chatty.py").write_text(CHATTY)
+    command = [sys.executable, "-c", "from onecard.cli import main; main()", "plan", f"{tmp_path / 'chatty.py'}:Chatty"]
+    options = ["--input", "image: float32[B,3], B=1..2", "--device", "cpu", "--no-measure", "--json"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["source"] == "model"
+    assert all(said in done.stderr for said in ("imported", "native", "called"))
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("optimize", "--data"), ("optimize", "--metric"), ("qat", "--train"), ("prune", "--train"), ("mlperf", "--data")],
+)
+def test_help_names_the_files_that_a_function_may_stand_in(command: str, option: str) -> None:
+    from typer.main import get_command
+
+    from onecard.cli import app
+
+    parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
+    help_text = next(p.help for p in parameters if option in p.opts)
+    assert "file.py:callable" in help_text
