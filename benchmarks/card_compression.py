@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from onecard.api import make_bundle, prepare
+from onecard.backends.pointwise import respell_pointwise
 from onecard.environment import detect
 from onecard.evidence import Candidate, Evidence
 from onecard.inputs import make_inputs
@@ -230,8 +231,9 @@ def _time(module: nn.Module, xs: list[Tensor]) -> float:
     from torch._inductor import config
 
     torch._dynamo.reset()
+    graph = respell_pointwise(torch.export.export(module.eval(), (xs[0],)).module())  # as the backend does
     with config.patch({"freezing": True, "triton.cudagraphs": False}):
-        compiled = torch.compile(module.eval(), dynamic=False)
+        compiled = torch.compile(graph, dynamic=False)
         for x in xs:
             compiled(x)
     if not xs[0].is_cuda:
@@ -301,8 +303,9 @@ def linears_table(found: list[dict[str, Any]], device: str) -> list[str]:
     lines.append("")
     lines.append("| K x N | scheme | error | " + " | ".join(f"M={m} alone | behind" for m in rows) + " |")
     lines.append("|---|---|---:|" + "---:|" * (2 * len(rows)))
+    schemes = list(dict.fromkeys(f["scheme"] for f in found))
     for shape in dict.fromkeys(f["shape"] for f in found if f["shape"]):
-        for scheme in dict.fromkeys(f["scheme"] for f in found):
+        for scheme in schemes:
             cases = [by_case.get((scheme, shape, m), {}) for m in rows]
             bases = [by_case.get(("fp16", shape, m), {}) for m in rows]
             error = next((f"{c['error']:.1e}" for c in cases if "error" in c), "")
@@ -312,8 +315,20 @@ def linears_table(found: list[dict[str, Any]], device: str) -> list[str]:
                 for key in ("alone_us", "behind_us")
             ]
             lines.append(f"| {shape} | {scheme} | {error} | " + " | ".join(cells) + " |")
+    for scheme in schemes:
+        totals = [_layer_total(by_case, scheme, m) for m in rows]
+        bases = [_layer_total(by_case, "fp16", m) for m in rows]
+        cells = [_ratio(t, b, key) for t, b in zip(totals, bases, strict=True) for key in ("alone_us", "behind_us")]
+        lines.append(f"| all four | {scheme} | | " + " | ".join(cells) + " |")
     failures = dict.fromkeys(f"- {f['scheme']} {f['shape']}: {f['failed']}" for f in found if "failed" in f)
     return [*lines, "", *failures]
+
+
+def _layer_total(by_case: dict[tuple[str, str, int], dict[str, Any]], scheme: str, rows: int) -> dict[str, Any]:
+    """The four products of one encoder layer together; empty where one is missing."""
+    cases = [by_case.get((scheme, shape, rows), {}) for shape in SHAPES]
+    keys = [key for key in ("alone_us", "behind_us") if all(key in case for case in cases)]
+    return {key: sum(case[key] for case in cases) for key in keys}
 
 
 def _ratio(case: dict[str, Any], base: dict[str, Any], key: str) -> str:

@@ -251,7 +251,7 @@ def load(port: int, seconds: float, payload: bytes | None = None) -> int:
             if not memory.startswith(b"HTTP/1.1 200") or end < 0:
                 raise SystemExit(f"not answered: {bytes(memory[: min(got, 300)])!r}")
             lower = bytes(memory[:end]).lower()
-            length = int(lower.split(b"content-length: ")[1].split(b"\r\n")[0])
+            length = int(lower.split(b"\r\ncontent-length: ")[1].split(b"\r\n")[0])
             missing = end + 4 + length - got
             while missing > 0:
                 missing -= await loop.sock_recv_into(connection, memory)

@@ -5,6 +5,9 @@
 Each measurement starts its side anew, in turn, round after round. At saturation 16 requests of one picture are under
 way all the time. Latency is at 70 % of the engine's own rate, at random times (Poisson) that do not wait for answers,
 and counts from when a request was due. The client of the server is one more process on the same cores.
+
+Pictures travel as a decoder gives them, bytes in NHWC, which both sides' engines normalise (``--ingest``), or with
+``--floats`` as the four times larger tensors that the model takes.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 UNDER_WAY = 16
 CONNECTIONS = 64
 SHARE = 0.7
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PORT = re.compile(r"listening on 127\.0\.0\.1 port (\d+)")
 
 
@@ -51,8 +55,11 @@ def make(work: Path, recipes: tuple[str, ...]) -> Path:
     return make_bundle(model, settled, output=work / "efficientnet.onecard", observe=Watch(), command="benchmark")[0]
 
 
-def picture() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((1, 3, 224, 224), dtype=np.float32)
+def picture(floats: bool) -> np.ndarray:
+    chance = np.random.default_rng(0)
+    if floats:
+        return chance.standard_normal((1, 3, 224, 224), dtype=np.float32)
+    return chance.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
 
 
 def arrivals(rate: float, seconds: float) -> list[float]:
@@ -66,12 +73,14 @@ def arrivals(rate: float, seconds: float) -> list[float]:
 # In a process
 
 
-def engine_side(bundle: Path, rate: float | None, seconds: float, told: Any) -> None:
+def engine_side(bundle: Path, floats: bool, rate: float | None, seconds: float, told: Any) -> None:
     """Rows a second, or latencies at a rate."""
-    from onecard.runtime.engine import Engine
+    from onecard.runtime.engine import Engine, EngineOptions
+    from onecard.runtime.ingest import Picture
 
-    inputs = {"image": picture()}
-    with Engine.open(bundle, "cpu") as engine:
+    inputs = {"image": picture(floats)}
+    options = None if floats else EngineOptions(ingest=(Picture.unit("image", MEAN, STD),))
+    with Engine.open(bundle, "cpu", options) as engine:
         if rate is None:
             engine_rate(engine, inputs, 1.0)
             told.send(engine_rate(engine, inputs, seconds))
@@ -109,7 +118,7 @@ def engine_latencies(engine: Any, inputs: Any, times: list[float]) -> list[float
 # Through HTTP
 
 
-def server_side(bundle: Path, rate: float | None, seconds: float, told: Any) -> None:
+def server_side(bundle: Path, floats: bool, rate: float | None, seconds: float, told: Any) -> None:
     """The same through ``onecard serve``."""
     words = [
         sys.executable,
@@ -123,9 +132,12 @@ def server_side(bundle: Path, rate: float | None, seconds: float, told: Any) -> 
         "--metrics-port",
         "-1",
     ]
+    if not floats:
+        mean, std = (",".join(str(value) for value in values) for values in (MEAN, STD))
+        words += ["--ingest", f"image=uint8 NHWC mean={mean} std={std}"]
     server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
-        told.send(asyncio.run(client(ready_port(server), rate, seconds)))
+        told.send(asyncio.run(client(ready_port(server), floats, rate, seconds)))
     finally:
         server.terminate()
         server.wait(60)
@@ -142,9 +154,10 @@ def ready_port(server: subprocess.Popen[str]) -> int:
     raise SystemExit("the server did not start")
 
 
-def request_bytes() -> bytes:
-    data = picture().tobytes()
-    tensor = {"name": "image", "shape": [1, 3, 224, 224], "datatype": "FP32"}
+def request_bytes(floats: bool) -> bytes:
+    array = picture(floats)
+    data = array.tobytes()
+    tensor = {"name": "image", "shape": array.shape, "datatype": "FP32" if floats else "UINT8"}
     head = {
         "inputs": [{**tensor, "parameters": {"binary_data_size": len(data)}}],
         "parameters": {"binary_data_output": True},
@@ -173,14 +186,14 @@ class Connection:
         end = self._memory.find(b"\r\n\r\n", 0, got)
         if not self._memory.startswith(b"HTTP/1.1 200") or end < 0:
             raise SystemExit(f"not answered: {bytes(self._memory[: min(got, 300)])!r}")
-        length = int(bytes(self._memory[:end]).lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        length = int(bytes(self._memory[:end]).lower().split(b"\r\ncontent-length: ")[1].split(b"\r\n")[0])
         missing = end + 4 + length - got
         while missing > 0:
             missing -= await loop.sock_recv_into(self._socket, self._memory)
 
 
-async def client(port: int, rate: float | None, seconds: float) -> Any:
-    payload = request_bytes()
+async def client(port: int, floats: bool, rate: float | None, seconds: float) -> Any:
+    payload = request_bytes(floats)
     if rate is None:
         await closed_loop(port, payload, 1.0)
         return await closed_loop(port, payload, seconds)
@@ -221,10 +234,10 @@ async def closed_loop(port: int, payload: bytes, seconds: float) -> float:
 SIDES: dict[str, Callable[..., None]] = {"engine": engine_side, "HTTP": server_side}
 
 
-def measure(side: str, bundle: Path, rate: float | None, seconds: float) -> Any:
+def measure(side: str, bundle: Path, floats: bool, rate: float | None, seconds: float) -> Any:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=SIDES[side], args=(bundle, rate, seconds, theirs))
+    process = spawn.Process(target=SIDES[side], args=(bundle, floats, rate, seconds, theirs))
     process.start()
     theirs.close()
     try:
@@ -238,6 +251,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--recipes", nargs="+", default=["openvino*", "onnxruntime*"])
+    parser.add_argument("--floats", action="store_true", help="pictures as float32, 602 KB, instead of bytes, 151 KB")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -246,12 +260,12 @@ def main() -> None:
         bundle = make(Path(folder), tuple(arguments.recipes))
         for _ in range(arguments.rounds):
             for side in SIDES:
-                rates[side].append(measure(side, bundle, None, arguments.seconds))
+                rates[side].append(measure(side, bundle, arguments.floats, None, arguments.seconds))
                 print(f"{side}: {rates[side][-1]:.1f} rows/s", file=sys.stderr)
         load = SHARE * statistics.median(rates["engine"])
         for _ in range(arguments.rounds):
             for side in SIDES:
-                found = measure(side, bundle, load, arguments.seconds)
+                found = measure(side, bundle, arguments.floats, load, arguments.seconds)
                 p99s[side].append(float(np.quantile(found, 0.99)) * 1e3)
                 print(f"{side}: p99 {p99s[side][-1]:.1f} ms of {len(found)}", file=sys.stderr)
     rate = {side: statistics.median(found) for side, found in rates.items()}

@@ -38,6 +38,7 @@ from cpu_serving import closed_loop, make, request_bytes
 VARIANTS = ("nothing", "counted", "scraped", "sentinel")
 ENGINE = "--engine"
 SENTINEL = 1000
+REQUEST = request_bytes(floats=True)
 SLICE_S = 5.0
 SCRAPE_AFTER_S = 2.0
 ROUNDS_A_SERVER = 4
@@ -133,9 +134,9 @@ class Running:
     def rate(self, variant: str) -> float:
         """Rows a second as such a server, under load for a slice of time."""
         self.what_to_be.write_text(variant)
-        asyncio.run(closed_loop(self.port, request_bytes(), 0.5))  # long enough for both processes to have seen it
+        asyncio.run(closed_loop(self.port, REQUEST, 0.5))  # long enough for both processes to have seen it
         with scraping(self.metrics) if variant in ("scraped", "sentinel") else contextlib.nullcontext():
-            return asyncio.run(closed_loop(self.port, request_bytes(), SLICE_S))
+            return asyncio.run(closed_loop(self.port, REQUEST, SLICE_S))
 
 
 @contextlib.contextmanager
@@ -151,7 +152,7 @@ def running(bundle: Path) -> Iterator[Running]:
     theirs.close()
     try:
         port, metrics = ours.recv()
-        load = threading.Thread(target=lambda: asyncio.run(closed_loop(port, request_bytes(), 10.0)))
+        load = threading.Thread(target=lambda: asyncio.run(closed_loop(port, REQUEST, 10.0)))
         load.start()
         wait_for_the_original(metrics)
         load.join()
