@@ -14,12 +14,11 @@ from urllib.parse import unquote
 
 from onecard import __version__
 from onecard.server.access import Access, Kind
-from onecard.server.engine_answers import EngineAnswer
 from onecard.server.engine_client import EngineClient
 from onecard.server.engine_request import EngineRequest
+from onecard.server.http_infer import LENGTH, LENGTH_DIGITS, ask
 from onecard.server.http_types import BodyAllocator, HttpError, Request, Response
 from onecard.server.logs import AccessLog, Entry, RequestIds
-from onecard.server.oip_contract import InferContract
 from onecard.server.oip_metadata import (
     CODEC_EXTENSIONS,
     model_config,
@@ -30,11 +29,9 @@ from onecard.server.oip_metadata import (
     server_ready,
 )
 from onecard.server.oip_repository import check_change, parse_index, repository_index
-from onecard.server.oip_request import binary_lead, parse_infer
-from onecard.server.oip_response import encode_infer
-from onecard.server.oip_seen import DEFAULT_PRIORITY, SeenHead
+from onecard.server.oip_request import binary_lead
+from onecard.server.oip_seen import DEFAULT_PRIORITY
 from onecard.server.oip_shared_memory import Answer, find_place, shared_memory_routes
-from onecard.server.oip_types import InferResponse
 from onecard.server.request_figures import reason_of
 from onecard.server.serving import Serving
 from onecard.server.shared_regions import SharedRegions
@@ -42,8 +39,6 @@ from onecard.server.watching import WatchingPages
 
 EXTENSIONS = (*CODEC_EXTENSIONS, "model_configuration", "model_repository", "statistics")
 _JSON = ((b"Content-Type", b"application/json"),)
-_LENGTH = b"inference-header-content-length"
-_LENGTH_DIGITS = 10  # more than any body needs
 _ALIGNMENT_BYTES = 64
 _NOT_FOUND = 404
 _MOST_BODY_BYTES = 1 << 20  # of what is no inference
@@ -249,29 +244,10 @@ class App:
 
     def _infer(self, request: Request, name: str, version: str) -> EngineRequest:
         try:
-            return self._ask(request, name, version)
+            return ask(self.serving, self._regions, request, name, version)
         except Exception as error:
             self.serving.refuse(name, error)
             raise
-
-    def _ask(self, request: Request, name: str, version: str) -> EngineRequest:
-        _, contract = self.serving.find(name, version)
-        json_length = _json_length(request)
-        seen = self.serving.seen(name, contract)
-        head = seen.find(request.body, json_length)
-        if head is not None and json_length is not None:
-            sent = self.serving.client.infer_body(name, request.body, head, json_length, request.client)
-            if sent is not None:
-                sent.finish = lambda answer: _encoded_seen(head, answer, contract, name)
-                return sent
-        access = self._regions.access(self.serving.client.allocate)
-        asked = parse_infer(request.body, json_length, contract, access)
-        seen.learn(request.body, json_length, asked)
-        sent = self.serving.infer(name, asked, request.client)
-        sent.finish = lambda answer: _response(
-            encode_infer(asked, answer.outputs, contract, (name, answer.version), access), answer
-        )
-        return sent
 
 
 def body_memory(client: EngineClient) -> BodyAllocator:
@@ -281,8 +257,8 @@ def body_memory(client: EngineClient) -> BodyAllocator:
     """
 
     def allocate(request: Request, length: int) -> memoryview:
-        value = request.headers.get(_LENGTH, b"")
-        json_length = int(value) if value.isdigit() and len(value) <= _LENGTH_DIGITS else 0
+        value = request.headers.get(LENGTH, b"")
+        json_length = int(value) if value.isdigit() and len(value) <= LENGTH_DIGITS else 0
         try:
             return client.allocate(length, binary_lead(json_length, _ALIGNMENT_BYTES))
         except HttpError as error:
@@ -326,23 +302,6 @@ def _model_of(request: Request) -> str:
     return unquote(parts[3]) if parts[1:3] == ["v2", "models"] and len(parts) > 3 else ""  # noqa: PLR2004 - /v2/models/NAME
 
 
-def _encoded_seen(head: SeenHead, answer: EngineAnswer, contract: InferContract, name: str) -> Response:
-    """The answer to a request of this head."""
-    encoded = head.answer(answer.outputs, answer.version)
-    if encoded is None:
-        encoded = encode_infer(head.asked, answer.outputs, contract, (name, answer.version))
-        head.learn(answer.outputs, answer.version, encoded)
-    return _response(encoded, answer)
-
-
-def _response(encoded: InferResponse, answer: EngineAnswer) -> Response:
-    """An answer as it is sent; the engine has its memory back when that is done."""
-    headers = [(b"Content-Type", encoded.content_type)]
-    if encoded.json_length is not None:
-        headers.append((b"Inference-Header-Content-Length", b"%d" % encoded.json_length))
-    return Response(200, headers, encoded.body, answer.release)
-
-
 def _model_path(parts: list[str]) -> tuple[str, str, str]:
     """Name, version (or empty) and action of ``NAME[/versions/VERSION][/ACTION]``."""
     name, rest = unquote(parts[0]), parts[1:]
@@ -350,15 +309,6 @@ def _model_path(parts: list[str]) -> tuple[str, str, str]:
     if len(rest) > 1 and rest[0] == "versions":
         version, rest = unquote(rest[1]), rest[2:]
     return name, version, "/".join(rest)
-
-
-def _json_length(request: Request) -> int | None:
-    value = request.headers.get(_LENGTH)
-    if value is None:
-        return None
-    if not value.isdigit() or len(value) > _LENGTH_DIGITS:
-        raise HttpError(400, "Inference-Header-Content-Length is not a number of bytes.")
-    return int(value)
 
 
 def _most_bytes(kind: Kind) -> int:

@@ -232,6 +232,18 @@ class EngineClient:
             return None
         return self._ask(placed, (model, head.priority, client, head.timeout_s), hold)
 
+    def infer_copies(
+        self, model: str, head: SeenHead, copy: Callable[[memoryview], None], client: str
+    ) -> EngineRequest:
+        """As :meth:`infer_body`, of data that ``copy`` fetches into memory it is given.
+
+        Raises:
+            HttpError: 503, no memory for it.
+        """
+        hold = self._hold(model)
+        placed = self._memory.place_copies(head.places, head.nbytes, copy)
+        return self._ask(placed, (model, head.priority, client, head.timeout_s), hold)
+
     async def load(self, name: str, path: Path, options: ModelOptions, version: str = "") -> None:
         """Open a bundle beside what serves under this name, prove and warm it, and let it serve.
 

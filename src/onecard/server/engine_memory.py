@@ -184,9 +184,27 @@ class RequestMemory:
         data = lease.nbytes - body.nbytes + json_length  # what we lend for a body ends with it
         if data % _ALIGNMENT_BYTES or data < MARK_BYTES:
             return None
-        data += lease.offset
+        return self._place_at(lease, data, places)
+
+    def place_copies(self, places: Sequence[Place], nbytes: int, copy: Callable[[memoryview], None]) -> Placed:
+        """Give memory and a mark to a request whose inputs lie elsewhere.
+
+        Args:
+            places: of the inputs among their data.
+            nbytes: of all data.
+            copy: is given memory for it, and fills it.
+
+        Raises:
+            HttpError: as :meth:`allocate`.
+        """
+        lease = self._lend(MARK_BYTES + nbytes)
+        copy(lease.data[MARK_BYTES : MARK_BYTES + nbytes])
+        return self._place_at(lease, MARK_BYTES, places)
+
+    def _place_at(self, lease: Lease, start: int, places: Sequence[Place]) -> Placed:
         lease.marked = True
         self.clear_mark(lease)
+        data = lease.offset + start
         tensors = tuple([Tensor(name, dtype, shape, data + offset) for name, dtype, shape, offset in places])
         return Placed(lease, tensors, ())
 

@@ -119,8 +119,8 @@ def parse_infer(
     outputs = _outputs(head.outputs, parameters.binary_data_output, contract, regions)
     reader = _Reader(whole, json_length, regions)
     inputs, dtypes = _inputs(head.inputs, contract, reader)
-    on_device = tuple(reader.on_device)
-    return InferRequest(id, inputs, dtypes, outputs, parameters.priority, parameters.timeout, on_device)
+    asked = (inputs, dtypes, outputs, parameters.priority, parameters.timeout)
+    return InferRequest(id, *asked, tuple(reader.on_device), reader.copied)
 
 
 def binary_lead(json_length: int, alignment_bytes: int = 64) -> int:
@@ -154,6 +154,7 @@ class _Reader:
 
     Attributes:
         on_device: inputs that were left where they lie.
+        copied: by name, where others were read in the host's shared memory.
     """
 
     def __init__(self, body: memoryview, json_length: int | None, regions: RegionAccess | None) -> None:
@@ -162,6 +163,7 @@ class _Reader:
         self._has_binary = json_length is not None
         self._regions = regions
         self.on_device: list[DeviceInput] = []
+        self.copied: dict[str, Region] = {}
 
     def read(self, item: _Input, form: Form, shape: Shape, elements: int) -> Array | None:
         """An input's array; None for one on a device."""
@@ -208,6 +210,7 @@ class _Reader:
                 f"expected {expected} ({form.datatype.name} of shape {list(shape)})."
             )
         if access.locate(region) == "host":
+            self.copied[form.tensor.name] = region
             return from_bytes(access.read(region), form, shape, elements)
         self.on_device.append(DeviceInput(form.tensor.name, form.datatype.dtype, shape, region))
         return None

@@ -6,7 +6,8 @@ Triton's extensions (https://github.com/triton-inference-server/server, ``docs/p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -107,6 +108,18 @@ class RegionAccess(Protocol):
         ...
 
 
+class HeldRegions(RegionAccess, Protocol):
+    """The same for a request whose places are known before it is read."""
+
+    def hold(self, places: Sequence[Region]) -> bool:
+        """Keep these places for this request; False if one of them is not within registered memory of the host."""
+        ...
+
+    def read_into(self, region: Region, out: memoryview) -> None:
+        """Copy a place that is held to ``out``, which has as many bytes; a ProtocolError if it was cut off."""
+        ...
+
+
 class DeviceInput(NamedTuple):
     """An input that lies in a device's shared memory: checked against the model, but not read.
 
@@ -170,6 +183,7 @@ class InferRequest:
         priority: 1 is the highest, larger numbers are lower; 0 stands for the server's default.
         timeout_us: within which the answer is wanted, in microseconds; 0 stands for the server's default.
         on_device: the inputs that are not among ``inputs``, since they lie in a device's shared memory.
+        copied: by name, where in the host's shared memory inputs were read.
     """
 
     id: str
@@ -179,6 +193,7 @@ class InferRequest:
     priority: int = 0
     timeout_us: int = 0
     on_device: tuple[DeviceInput, ...] = ()
+    copied: Mapping[str, Region] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

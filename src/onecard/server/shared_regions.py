@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeAlias
 
 from onecard.server.device_regions import DeviceRegion, DeviceRegions
-from onecard.server.oip_types import ProtocolError, Region, RegionAccess, Where, quote
+from onecard.server.oip_types import HeldRegions, ProtocolError, Region, Where, quote
 from onecard.server.system_regions import OpenRegion, SystemRegion, SystemRegions, already_registered, check_bounds
 
 Allocate = Callable[[int], memoryview]
@@ -96,7 +96,7 @@ class SharedRegions:
             raise already_registered(region.name)
         await self.device.register(region)
 
-    def access(self, allocate: Allocate) -> RegionAccess | None:
+    def access(self, allocate: Allocate) -> HeldRegions | None:
         """The regions for one request.
 
         Args:
@@ -122,6 +122,17 @@ class _RequestRegions:
         self._regions = regions
         self._allocate = allocate
         self._found: dict[str, OpenRegion] = {}
+
+    def hold(self, places: Sequence[Region]) -> bool:
+        for place in places:
+            opened = self._regions.system.find(place.name)
+            if opened is None or place.offset + place.byte_size > opened.region.byte_size:
+                return False
+            self._found[place.name] = opened
+        return True
+
+    def read_into(self, region: Region, out: memoryview) -> None:
+        self._found[region.name].read_into(region, out)
 
     def locate(self, region: Region) -> Where:
         on_device = self._regions.device.find(region.name)
