@@ -87,6 +87,9 @@ class EngineRequest(asyncio.Future[Any]):
             self.set_result(answer if self.finish is None else self.finish(answer))
         except Exception as error:
             answer.release()
+            if isinstance(error, OnecardError):
+                # All frames hold this, which holds the error: a cycle, and the memory of the inputs in it.
+                error = error.with_traceback(None)
             self.set_exception(error)
             return
         if self.figures is not None:

@@ -202,7 +202,10 @@ class InferMethods:
             answer = self._sent(model, request, address)
             if trace is not None:
                 trace.asked(answer)
-            answers = await answer
+            try:
+                answers = await answer
+            finally:
+                del answer  # it holds its error, which holds this frame, and all that came with the request
             try:
                 return encode_answer(model, request, answers, contract, regions, streamed)
             finally:
