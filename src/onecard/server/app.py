@@ -43,6 +43,7 @@ _ALIGNMENT_BYTES = 64
 _NOT_FOUND = 404
 _MOST_BODY_BYTES = 1 << 20  # of what is no inference
 _MOST_OPEN_BODY_BYTES = 4 << 10  # of what needs no right: none is read, and all such connections may send one
+_SMALL_BODY_BYTES = 4 << 10
 _MOST_PATHS = 256
 _MOST_PATH_CHARS = 256
 
@@ -253,11 +254,13 @@ class App:
 def body_memory(client: EngineClient) -> BodyAllocator:
     """Gives the memory that bodies are received into: the engine's, so that a tensor in one need not be copied.
 
-    A body lies so that its first binary tensor is aligned.
+    A body lies so that its first binary tensor is aligned. One that is small and has none is no matter for the engine.
     """
 
     def allocate(request: Request, length: int) -> memoryview:
         value = request.headers.get(LENGTH, b"")
+        if not value and length <= _SMALL_BODY_BYTES:
+            return memoryview(bytearray(length))
         json_length = int(value) if value.isdigit() and len(value) <= LENGTH_DIGITS else 0
         try:
             return client.allocate(length, binary_lead(json_length, _ALIGNMENT_BYTES))

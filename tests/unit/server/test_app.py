@@ -36,11 +36,18 @@ def memory():
 @pytest.mark.parametrize("json_length", [0, 1, 63, 64, 197])
 @pytest.mark.parametrize("length", [0, 1, 4096])
 def test_the_first_binary_tensor_of_a_body_is_aligned(memory, json_length, length):
-    headers = {b"inference-header-content-length": str(json_length).encode()} if json_length else {}
+    headers = {b"inference-header-content-length": str(json_length).encode()}
     body = body_memory(memory)(SimpleNamespace(headers=headers), length)
     assert (len(body), body.readonly, body.format) == (length, False, "B")
     if length:
         assert (np.frombuffer(body, np.uint8).ctypes.data + json_length) % 64 == 0
+
+
+@pytest.mark.parametrize(("length", "used"), [(1, 0), (4096, 0), (4097, 8192)])
+def test_a_small_body_without_binary_data_takes_none_of_the_engines_memory(memory, length, used):
+    body = body_memory(memory)(SimpleNamespace(headers={}), length)
+    assert (len(body), body.readonly, body.format) == (length, False, "B")
+    assert memory.used_bytes == used
 
 
 @pytest.mark.parametrize("value", [b"-1", b"x", b"9" * 30, b""])
