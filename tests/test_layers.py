@@ -31,6 +31,7 @@ BASE = {
     "evidence": {"environment", "recipe", "spec"},
     "tuning": {"environment", "errors"},
     "arrivals": set(),
+    "cache": {"errors"},
 }
 _BASE = set(BASE)
 ALLOWED: dict[str, set[str]] = {
@@ -66,13 +67,14 @@ ALLOWED: dict[str, set[str]] = {
     "cli_serve": {*_BASE, "ipc", "server"},
     "cli_bench": {*_BASE, "bench"},
     "cli_mlperf": {*_BASE, "bench", "report"},
+    "cli_cache": {*_BASE, "report"},
     "cli_dashboards": {*_BASE, "telemetry"},
     "cli_monitor": {*_BASE, "server", "telemetry"},
     "cli_memory": {*_BASE, "memory", "report"},
     "cli": {
         *_BASE,
         *("api", "bundle", "cli_memory", "cli_prune", "cli_runtime", "cli_serve", "cli_training", "report"),
-        *("cli_bench", "cli_dashboards", "cli_mlperf", "cli_monitor", "doctor", "listing", "live"),
+        *("cli_bench", "cli_cache", "cli_dashboards", "cli_mlperf", "cli_monitor", "doctor", "listing", "live"),
     },
     "__main__": {"cli"},
     "onecard": {"errors"},  # __init__.py; what it names in its table is imported when it is first used

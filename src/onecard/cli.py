@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from onecard import (
     cli_bench,
+    cli_cache,
     cli_dashboards,
     cli_memory,
     cli_mlperf,
@@ -126,6 +127,7 @@ cli_bench.register(app)
 cli_mlperf.register(app)
 cli_monitor.register(app)
 cli_dashboards.register(app)
+cli_cache.register(app)
 
 
 @app.command()

@@ -137,7 +137,7 @@ def check_open_files(facts: Facts) -> list[Finding]:
 def check_disk(facts: Facts) -> list[Finding]:
     """Is there room for compile caches and bundles?"""
     free = facts.cache_free_bytes
-    cure = "Free some, or export ONECARD_CACHE=/a/folder/on/another/disk"
+    cure = "onecard cache --prune 30d, or export ONECARD_CACHE=/a/folder/on/another/disk"
     if free is None:
         why = "A search keeps there what it builds and finds."
         return [

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
-
 from onecard import host
+from onecard.cache.contents import is_working_in
+from onecard.cache.use import in_use, renew
 from onecard.errors import StorageError
 from onecard.memory.measure import Meter
+from onecard.search import bytecode
 
 if TYPE_CHECKING:
     from onecard.memory.plan import PlanOptions
@@ -43,7 +44,9 @@ def workplace(subject: Subject, options: PlanOptions, observe: Callable[[str], N
     except OSError as error:
         raise _storage(root, error) from error
     try:
-        yield Workplace(Meter(folder, options.time_limit_s, _staged(observe)), _save(subject, folder, observe))
+        renew(host.cache_folder() / bytecode.folder_name())  # its reading leaves no trace
+        with in_use(folder):
+            yield Workplace(Meter(folder, options.time_limit_s, _staged(observe)), _save(subject, folder, observe))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -65,8 +68,9 @@ def _sweep(root: Path) -> None:
     """Remove what plans left that were killed."""
     for folder in root.iterdir():
         pid = folder.name.partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            if pid.isdigit() and not is_working_in("plan", folder, folder.stat().st_mtime):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _staged(observe: Callable[[str], None]) -> Callable[[str], None]:

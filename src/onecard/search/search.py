@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 
 import msgspec
 
+from onecard.cache.use import renew
 from onecard.environment import detect
 from onecard.errors import InterruptedSearch, SearchError, UsageError
 from onecard.evidence import Candidate, Evidence, Verdict
@@ -20,6 +21,7 @@ from onecard.host import cache_folder
 from onecard.models.model import Model
 from onecard.models.source import save_source
 from onecard.recipe import ORIGINAL, Recipe
+from onecard.search import bytecode
 from onecard.search.build_queue import BuildQueue
 from onecard.search.choose import OBJECTIVES, choose, finalists, within_memory
 from onecard.search.job import (
@@ -156,6 +158,7 @@ class Search:
         key = job_key(self.model, job, self._material.digest(self._data))
         folder = JobFolder(cache_folder() / "searches" / key)
         self._lock = JobLock(folder.root.with_name(f"{key}.lock"))
+        renew(cache_folder() / bytecode.folder_name())  # its reading leaves no trace
         if self.options.fresh:
             shutil.rmtree(folder.root, ignore_errors=True)
         forget_passing(folder, self.recipes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from onecard.cache.use import in_use
 from onecard.errors import ModelError, SearchError, UsageError
 from onecard.host import cache_folder
 from onecard.models.flat import FlatModule
@@ -120,8 +122,10 @@ def prune(  # noqa: PLR0913 - keywords only
     options.check()
     target = parse_target(target) if isinstance(target, str) else target
     check_output(output)
+    held = contextlib.ExitStack()
     try:
         job = _prepare(model, target, options, data, judged, observe)
+        held.enter_context(in_use(job.folder.root))
         saved, module, choice, notes = _all_steps(job)
         first, last = saved[0], saved[-1]
         costs = job.cost(model.flat, "flops", "latency"), job.cost(module, "flops", "latency")
@@ -147,6 +151,7 @@ def prune(  # noqa: PLR0913 - keywords only
         job.folder.clear()
         return result
     finally:
+        held.close()
         model.flat.cpu()
 
 

@@ -20,6 +20,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from onecard.cache.use import in_use
 from onecard.errors import DataError, ModelError, StorageError, Unsupported, UsageError
 from onecard.evidence import to_json
 from onecard.host import cache_folder
@@ -176,11 +177,13 @@ def train_qat(  # noqa: PLR0913 - keywords only
     say("measuring the original")
     judge = _Judge.of(model, judged, options.metric)
     work = _Work(model, data, options, judge, say)
-    outcome = work.train(observe)
-    result = work.result(output, outcome)
-    say("writing the program")
-    _write(outcome.quantised, model.spec, result, output)
-    shutil.rmtree(work.checkpoint.parent, ignore_errors=True)
+    state = work.checkpoint.parent
+    with in_use(state):
+        outcome = work.train(observe)
+        result = work.result(output, outcome)
+        say("writing the program")
+        _write(outcome.quantised, model.spec, result, output)
+        shutil.rmtree(state, ignore_errors=True)
     return result
 
 
