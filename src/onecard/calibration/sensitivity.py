@@ -103,7 +103,10 @@ def _watch(module: FlatModule, names: Sequence[str], batches: _Answers) -> tuple
     ranges: _Ranges = {}
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        low, high = map(float, _input(args, kwargs).detach().aminmax())
+        x = _input(args, kwargs).detach()
+        if not x.numel():  # an expert without tokens
+            return
+        low, high = map(float, x.aminmax())
         before = ranges.get(name, (0.0, 0.0))
         ranges[name] = min(low, before[0]), max(high, before[1])
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from onecard.calibration.bench import Bench
@@ -85,6 +86,13 @@ class Fp8RowwiseProduct(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows ``[M, K]`` of any floating dtype to ``[M, N]``."""
+        if statically_known_true(rows.shape[0] > 0):
+            return self._product(rows)
+        # An expert without tokens: the operator takes no scales of 0 rows. Two more, not one: where their number is
+        # known only while running, an export would have to know whether there is a single scale.
+        return self._product(F.pad(rows, (0, 0, 0, 2)))[:-2]
+
+    def _product(self, rows: Tensor) -> Tensor:
         scales = row_scales(rows, LARGEST)  # [M, 1]
         return torch._scaled_mm(
             to_fp8(rows, scales),

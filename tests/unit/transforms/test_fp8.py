@@ -209,6 +209,7 @@ class Experts(nn.Module):
 @pytest.mark.parametrize(
     ("scheme", "layers"),
     [
+        ("fp8", ("first", "second")),
         ("fp8_tensor", ("first", "second")),
         ("fp8_static", ("first",)),  # the other has no range
     ],
@@ -218,6 +219,32 @@ def test_an_expert_without_tokens_is_no_error(scheme: str, layers: tuple[str, ..
     module = compressed(scheme, flat(Experts), bench())
     assert swapped(module) == layers
     assert 0.002 < error(module(rows())[0], flat(Experts)(rows())[0]) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [Fp8RowwiseProduct, Fp8Product, lambda layer: Fp8Product(layer, 1.0)])
+def test_no_rows_give_no_rows(make: Any, dtype: torch.dtype) -> None:
+    layer = gemm(dtype=dtype)
+    some, none = make(layer)(activations(3, dtype=dtype)), make(layer)(activations(0, dtype=dtype))
+    assert (none.shape, none.dtype) == ((0, 48), some.dtype)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_tensor"])
+@torch.no_grad()
+def test_an_experts_tokens_may_be_counted_while_an_exported_program_runs(scheme: str, tmp_path: Path) -> None:
+    module, x = compressed(scheme, flat(Experts), bench()), rows()
+    loaded = through_a_file(module, x, tmp_path, dynamic=True)
+    for tokens in (0, 1, 3):
+        x[0, :tokens, 0] = 1e7
+        assert torch.equal(loaded(x)[0], module(x)[0])
+
+
+@torch.no_grad()
+def test_layers_are_ranked_beside_an_expert_without_tokens() -> None:
+    records: list[Compression] = []
+    module = flat(Experts)
+    compressed("fp8", module, bench(judge=strict_judge(module, 0.001), record=records.append))
+    assert [layer.layer for layer in records[0].sensitivity] == ["first", "second"]
 
 
 class ReadsWeights(nn.Module):
