@@ -17,6 +17,7 @@ from onecard.recipe import ORIGINAL, Recipe
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TF32_SINCE = 8.0  # compute capability: Ampere
+_BF16_SINCE = 8.0  # Ampere; older cards emulate it slowly, and not in every operator
 _FP8_SINCE = 8.9  # Ada Lovelace, Hopper
 _SPARSE_SINCE = 8.0  # Ampere
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -52,6 +53,7 @@ class Traits:
     tf32: bool
     cpu_bf16: bool
     linears: bool = False
+    bf16: bool = False
     fp8: bool = False
     sparse: bool = False
     rows: bool = False
@@ -79,6 +81,7 @@ def traits_of(
         tf32=capability >= _TF32_SINCE,
         cpu_bf16=not _BF16_FLAGS.isdisjoint(environment.cpu_flags),
         linears=any(isinstance(m, nn.Linear) for m in layers),
+        bf16=capability >= _BF16_SINCE,
         fp8=capability >= _FP8_SINCE,
         sparse=capability >= _SPARSE_SINCE,
         rows=rows,
@@ -100,7 +103,8 @@ def default_recipes(traits: Traits) -> list[Recipe]:
     elif traits.rows and not traits.cuda:
         recipes += [Recipe("onnxruntime", "cpu", ("int8",)), Recipe("openvino", "", ("int8",))]
     if traits.limited and not traits.onnx:
-        recipes += [Recipe("stream", "", (half,)) for half in (("fp16", "bf16") if traits.cuda else ())]
+        halves = (("fp16", "bf16") if traits.bf16 else ("fp16",)) if traits.cuda else ()
+        recipes += [Recipe("stream", "", (half,)) for half in halves]
         recipes.append(Recipe("stream"))
     recipes += [Recipe(name) for name in plugins()]
     return list(dict.fromkeys([ORIGINAL, *recipes]))
@@ -199,7 +203,7 @@ def _cuda_recipes(traits: Traits) -> list[Recipe]:
         Recipe("inductor", "", half, static=True),
         Recipe("cudagraph", "eager", half, static=True),
         Recipe("torchscript", "trace", half),
-        Recipe("cudagraph", "inductor", (*layout, *fold, "bf16"), static=True),
+        *([Recipe("cudagraph", "inductor", (*layout, *fold, "bf16"), static=True)] if traits.bf16 else []),
         Recipe("eager", "", ("autocast_fp16",)),
         Recipe("onnxruntime", "cuda", ("fp16",)),
         Recipe("onnxruntime", "tensorrt", ("fp16",)),

@@ -58,7 +58,8 @@ def test_the_card_decides_about_engines_and_precision():
 
 
 def test_weights_are_streamed_where_the_devices_memory_is_limited():
-    assert [name for name in ids("cuda", "limited") if "stream" in name] == ["stream+fp16", "stream+bf16", "stream"]
+    streamed = [name for name in ids("cuda", "bf16", "limited") if "stream" in name]
+    assert streamed == ["stream+fp16", "stream+bf16", "stream"]
     assert [name for name in ids("limited") if "stream" in name] == ["stream"]
     assert not [name for name in ids("cuda") + ids("onnx", "limited") if "stream" in name]
 
@@ -101,10 +102,10 @@ def test_traits_are_read_from_the_model_and_the_machine():
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), inputs=["x: float32[B,3,8,8], B=1..4"]
     )
     on_gpu = traits_of(model, environment())
-    assert on_gpu == traits("convs", "norms", "symbols", "cuda", "tf32", "fp8", "sparse")
+    assert on_gpu == traits("convs", "norms", "symbols", "cuda", "tf32", "bf16", "fp8", "sparse")
     turing = msgspec.structs.replace(environment(), card=Card("T4", "7.5", 1 << 34, "580"))
     old = traits_of(model, turing)
-    assert not (old.tf32 or old.fp8 or old.sparse)
+    assert not (old.tf32 or old.bf16 or old.fp8 or old.sparse)
     cpu = msgspec.structs.replace(environment(), card=None, device="cpu", cpu_flags=("avx2", "amx_bf16"))
     assert traits_of(model, cpu) == traits("convs", "norms", "symbols", "cpu_bf16")
 
@@ -135,3 +136,15 @@ def test_a_whole_id_that_is_not_offered_is_tried_all_the_same():
 def test_a_pattern_that_picks_nothing_lists_what_is_on_offer():
     with pytest.raises(UsageError, match=r"no recipe matches 'tensor\*'\. On offer here: eager, onnxruntime\.cpu"):
         select_recipes(NONE, ["tensor*"])
+
+
+@pytest.mark.parametrize(("capability", "offered"), [("7.0", False), ("7.5", False), ("8.0", True), ("12.0", True)])
+def test_bf16_is_offered_on_cards_that_compute_in_it(capability, offered):
+    model = load_model(nn.Linear(3, 4), inputs=["x: float32[B,3], B=1..4"])
+    card = Card("a card", capability, 1 << 34, "580")
+    found = traits_of(model, msgspec.structs.replace(environment(), card=card), rows=True, limited=True)
+    names = [r.id for r in default_recipes(found)]
+    in_bf16 = ["cudagraph.inductor+bf16@bucket", "stream+bf16"]
+    assert [name for name in names if "bf16" in name] == (in_bf16 if offered else [])
+    assert {"cudagraph.inductor+fp16@bucket", "stream+fp16"} <= set(names)
+    assert [r.id for r in select_recipes(found, in_bf16)] == ["eager", *in_bf16]  # as the user wishes
