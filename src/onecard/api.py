@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onecard.errors import UsageError
+from onecard.errors import BundleError, UsageError
 from onecard.evidence import Evidence
 
 if TYPE_CHECKING:
     from torch import nn
 
     from onecard.bundle.open import Bundle
-    from onecard.models.model import Model
+    from onecard.models.model import Model, Origin
     from onecard.search.options import Observer, Options
+
+_LONGEST = 120  # of what another bundle says of itself, in a message
 
 
 def optimize(  # noqa: PLR0913 - the keywords are the interface
@@ -141,6 +143,10 @@ def make_bundle(  # noqa: PLR0913 - keywords only
 
     Returns:
         The bundle's folder and all that was found.
+
+    Raises:
+        UsageError: a metric without what it needs, or no ``output`` where another model's bundle has the default name.
+        OnecardError: see :mod:`onecard.errors` for the tree.
     """
     import msgspec
 
@@ -154,6 +160,8 @@ def make_bundle(  # noqa: PLR0913 - keywords only
 
     out = Path(output) if output else Path(f"{_slug(model.name)}.onecard")
     check_writable(out.absolute())
+    if not output:
+        _leave_others(out, model)
     if options.metric:
         get_metric(options.metric)
         if data is None:
@@ -165,6 +173,8 @@ def make_bundle(  # noqa: PLR0913 - keywords only
     with explained_storage(cache_folder(), "Free some space or set ONECARD_CACHE to another folder."):
         search = Search(model, options, rows, observe, material)
         evidence = msgspec.structs.replace(search.run(), command=command)
+    if not output:
+        _leave_others(out, model)  # that came in the meantime; the search is kept, so the next one takes seconds
     return publish(out, evidence, search.folder), evidence
 
 
@@ -175,6 +185,37 @@ def split_examples(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example), {}) if isinstance(example, list | tuple) else ((example,), {})
+
+
+def _leave_others(out: Path, model: Model) -> None:
+    """Refuse a default name that another model's bundle has: nobody asked for that one to be replaced.
+
+    Models are told apart by name, kind and reference, which hold no folders: the same file may be named by another path
+    the next time. New weights or code under an old name are the same model, made anew. So is what cannot be read, for
+    which optimising again is the cure.
+
+    Raises:
+        UsageError: such a bundle lies there.
+    """
+    from onecard.bundle.manifest import MANIFEST, SOURCE
+    from onecard.models.source import read_source
+
+    if not (out / MANIFEST).is_file():
+        return
+    try:
+        there = read_source(out / SOURCE)
+    except (BundleError, OSError):
+        return
+    old, new = there.origin, model.origin
+    if (there.name, old.kind, old.reference) != (model.name, new.kind, new.reference):
+        raise UsageError(
+            f"{out.absolute()} is the bundle of another model: of {_origin(old)}, and this is {_origin(new)}.",
+            "Name a folder with -o (output= in Python); one that is named is replaced.",
+        )
+
+
+def _origin(origin: Origin) -> str:
+    return f"{origin.reference[:_LONGEST]!r} ({origin.kind[:_LONGEST]})"
 
 
 def _slug(name: str) -> str:
