@@ -106,7 +106,7 @@ def _manifest(
         VariantEntry(
             c.recipe,
             _allowed(c, thresholds),
-            _summary(c.measurement),
+            _summary(c, evidence),
             needs_source=_needs_source(folder / VARIANTS / c.id),
         )
         for c in kept
@@ -142,10 +142,17 @@ def _allowed(candidate: Candidate, thresholds: dict[str, Threshold]) -> Threshol
     return threshold if error <= threshold.relative_l2 else threshold_of(error)
 
 
-def _summary(measurement: Measurement) -> Measurement:
-    """The measurement without its raw samples, which stand in ``evidence.json``: just the median of each."""
+def _summary(candidate: Candidate, evidence: Evidence) -> Measurement:
+    """The measurement without its raw samples, which stand in ``evidence.json``: just the median of each.
+
+    The median is the play-off's where the variant took part, for the ranks are: else the first of them might look
+    slower than the second. In the play-off nothing is called for the first time.
+    """
+    measurement = candidate.measurement
     timings = tuple(
-        Timing(t.bucket, (round(t.median_ms, 5),), (), (), t.rows, t.first_call_ms) for t in measurement.timings
+        Timing(own.bucket, (round(ranked.median_ms, 5),), (), (), own.rows, own.first_call_ms)
+        for own in measurement.timings
+        if (ranked := evidence.timing(candidate.id, own.bucket)) is not None
     )
     return Measurement(
         timings,
