@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from onecard.errors import OnecardError, UsageError
-from onecard.server.config import config_callback
+from onecard.server.config import MOST_COUNT, config_callback
 from onecard.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -88,14 +88,18 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     p99: Annotated[
         str | None, typer.Option("--p99", envvar="ONECARD_P99", help="Run as 'onecard tune' found for this limit: 5ms.")
     ] = None,
-    max_batch: Annotated[int | None, typer.Option(envvar="ONECARD_MAX_BATCH", help="Most rows of a batch.")] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, max=MOST_COUNT, envvar="ONECARD_MAX_BATCH", help="Most rows of a batch.")
+    ] = None,
     max_delay: Annotated[
         str | None, typer.Option(envvar="ONECARD_MAX_DELAY", help="How long a request may wait for others: 2ms.")
     ] = None,
     timeout: Annotated[
         str | None, typer.Option(envvar="ONECARD_TIMEOUT", help="Deadline of requests that name none: 1s.")
     ] = None,
-    queue_items: Annotated[int, typer.Option(envvar="ONECARD_QUEUE_ITEMS", help="Most requests that wait.")] = 1000,
+    queue_items: Annotated[
+        int, typer.Option(min=1, max=MOST_COUNT, envvar="ONECARD_QUEUE_ITEMS", help="Most requests that wait.")
+    ] = 1000,
     queue_bytes: Annotated[str, typer.Option(envvar="ONECARD_QUEUE_BYTES", help="Most bytes that wait.")] = "1GiB",
     queue_wait: Annotated[
         str, typer.Option(envvar="ONECARD_QUEUE_WAIT", help="A request that would wait longer is refused.")
@@ -107,7 +111,9 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     answer_memory: Annotated[
         str, typer.Option(envvar="ONECARD_ANSWER_MEMORY", help="Shared memory for answers that are being sent.")
     ] = "256MiB",
-    max_connections: Annotated[int, typer.Option(min=1, envvar="ONECARD_MAX_CONNECTIONS", help="Open at once.")] = 1000,
+    max_connections: Annotated[
+        int, typer.Option(min=1, max=MOST_COUNT, envvar="ONECARD_MAX_CONNECTIONS", help="Open at once.")
+    ] = 1000,
     workers: Annotated[
         int, typer.Option(min=1, max=64, envvar="ONECARD_WORKERS", help="Processes with sockets, on the same ports.")
     ] = 1,
@@ -135,7 +141,10 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     sentinel: Annotated[
         int,
         typer.Option(
-            min=0, envvar="ONECARD_SENTINEL", help="One request in so many is answered again by the original; 0: none."
+            min=0,
+            max=MOST_COUNT,
+            envvar="ONECARD_SENTINEL",
+            help="One request in so many is answered again by the original; 0: none.",
         ),
     ] = 0,
     sentinel_device: Annotated[
@@ -152,7 +161,8 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     ] = "30s",
     log_format: Annotated[str, typer.Option(envvar="ONECARD_LOG_FORMAT", help="human or json.")] = "human",
     access_log: Annotated[
-        float, typer.Option(envvar="ONECARD_ACCESS_LOG", help="Part of the requests that is logged: 1 is all.")
+        float,
+        typer.Option(min=0, max=1, envvar="ONECARD_ACCESS_LOG", help="Part of the requests that is logged: 1 is all."),
     ] = 0.0,
     log_level: Annotated[str, typer.Option(envvar="ONECARD_LOG_LEVEL", help="debug, info, warning ...")] = "info",
     trace_endpoint: Annotated[
@@ -161,7 +171,12 @@ def serve_command(  # noqa: PLR0913, PLR0917 - the options are the interface
     ] = None,
     trace_sample: Annotated[
         float,
-        typer.Option(envvar="ONECARD_TRACE_SAMPLE", help="Part that is traced of requests whose caller traces not."),
+        typer.Option(
+            min=0,
+            max=1,
+            envvar="ONECARD_TRACE_SAMPLE",
+            help="Part that is traced of requests whose caller traces not.",
+        ),
     ] = 0.01,
 ) -> None:
     """Serve bundles by the Open Inference Protocol v2. Without TLS and tokens: for trusted networks only."""

@@ -19,6 +19,7 @@ _BYTES = {
     "gb": 10**9,
     "tb": 10**12,
 }
+_TOO_MANY_BYTES = float(1 << 63)  # what messages between processes, and C's sizes, cannot hold
 _QUANTITY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-zA-Zµ]*)\s*$")
 
 
@@ -37,12 +38,15 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: not a size.
     """
-    return max(1, int(_parse(text, _BYTES, "b", "a size such as 500MB or 2GiB")))
+    return max(1, int(_parse(text, _BYTES, "b", "a size such as 500MB or 2GiB", _TOO_MANY_BYTES)))
 
 
-def _parse(text: str, units: dict[str, float] | dict[str, int], bare: str, expected: str) -> float:
+def _parse(
+    text: str, units: dict[str, float] | dict[str, int], bare: str, expected: str, below: float = math.inf
+) -> float:
     match = _QUANTITY.match(text)
     factor = units.get((match[2] or bare).lower()) if match else None
-    if match is None or factor is None or not 0 < float(match[1]) < math.inf:
+    value = float(match[1]) * factor if match and factor else 0.0
+    if not 0 < value < below:
         raise UsageError(f"'{text}' is not {expected}.")
-    return float(match[1]) * factor
+    return value

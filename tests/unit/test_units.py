@@ -39,13 +39,17 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "s", "-5s", "0", "0.0s", "5 parsecs", "5 GiB", "1e3", "nan", "inf", "9" * 400])
+@pytest.mark.parametrize(
+    "text", ["", "s", "-5s", "0", "0.0s", "5 parsecs", "5 GiB", "1e3", "nan", "inf", "9" * 400, f"{'9' * 308}h"]
+)
 def test_what_is_no_duration(text):
     with pytest.raises(UsageError, match="is not a duration such as 5ms"):
         parse_duration(text)
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1MB", "0", "5ms", "5 g", "1e3", "9" * 400])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1MB", "0", "5ms", "5 g", "1e3", "9" * 400, f"{'9' * 300}TiB", "9000000TiB"]
+)
 def test_what_is_no_size(text):
     with pytest.raises(UsageError, match="is not a size such as 500MB"):
         parse_size(text)

@@ -35,6 +35,9 @@ MODELS = "models"
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}")
 """What a model may be called: it stands in the URL."""
 
+MOST_COUNT = 1_000_000_000
+"""Of rows, requests or connections: more than any machine holds, and still a number that all of its processes take."""
+
 _MAX_BYTES = 1 << 20
 _NOT_IN_FILES = ("config", "help")
 _META = "onecard.config"
@@ -265,13 +268,16 @@ def _text(path: Path, place: str, value: Any) -> None:
 
 
 def _count(path: Path, place: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _wrong(path, place, value, "a whole number from 1 on")
+    _whole(path, place, value, 1)
 
 
 def _count_or_none(path: Path, place: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _wrong(path, place, value, "a whole number from 0 on")
+    _whole(path, place, value, 0)
+
+
+def _whole(path: Path, place: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST_COUNT:
+        raise _wrong(path, place, value, f"a whole number from {least} to {MOST_COUNT}")
 
 
 def _raw_forms(path: Path, place: str, value: Any) -> None:

@@ -35,7 +35,13 @@ WRONG = {
     "http-port": ("99999", "65536", "-1"),
     "grpc-port": ("65536", "-1"),
     "metrics-port": ("65536", "-2"),
-    "max-connections": ("0", "-1"),
+    "max-connections": ("0", "-1", "1000000001"),
+    "max-batch": ("0", "-1", "1000000001"),
+    "queue-items": ("0", "-1", "1000000000000000000000"),
+    "sentinel": ("-1", "1000000000000000000000"),
+    "workers": ("0", "65"),
+    "access-log": ("-0.1", "1.5"),
+    "trace-sample": ("-0.1", "1.5"),
     "request-memory": ("1KiB", "1B", "1048575"),
     "answer-memory": ("1KiB", "1B", "1048575"),
 }
@@ -60,11 +66,14 @@ def test_a_number_that_cannot_be_is_refused_by_its_name(serve, tmp_path, option,
 
 def test_the_least_and_the_most_are_taken(serve):
     words = ["--http-port", "65535", "--grpc-port", "0", "--metrics-port", "-1", "--max-connections", "1"]
+    words += ["--max-batch", "1", "--queue-items", "1000000000", "--access-log", "1", "--sentinel", "0"]
     _, (options, _) = serve(*words, "--request-memory", "1MiB", "--answer-memory", "1048576")
     assert (options.listen.port, options.grpc.port, options.metrics, options.limits.max_connections) == (
         *(65535, 0, None, 1),
     )
     assert (options.client.request_bytes, options.client.answer_bytes) == (1 << 20, 1 << 20)
+    policy = options.sources["m"].options.policy
+    assert (policy["max_rows"], policy["queue_items"], options.access_log) == (1, 1_000_000_000, 1.0)
 
 
 def test_the_engine_logs_as_the_server_does(serve):
