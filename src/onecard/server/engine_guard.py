@@ -177,6 +177,7 @@ class EngineGuard:
                 await asyncio.wait([child.ended], timeout=self._options.end_s if drain_s else 0.0)
             child.kill("it did not end when it was told to")
             LOGGER.info("the engine's process %d ended: %s", child.pid, await child.ended)
+            self._life = None  # a start that failed stops too, and its server once more: the end is told once
         self._stop_watching()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -257,6 +258,7 @@ class EngineGuard:
 
     def _bury(self, life: _Life, how: str) -> None:
         self._stop_watching()
+        self._life = None
         if self._answered() > life.answered or time.monotonic() - life.began >= self._options.settled_s:
             self._fruitless = 0
         elif self.restarts:
