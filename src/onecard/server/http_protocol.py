@@ -319,7 +319,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._deadline = self._body_since + self._shared.limits.body_timeout_s
 
     def _rest(self) -> None:
-        if self.between_requests() and not self._closing:
+        if self.between_requests() and not (self._closing or self._answers.paused):
             self._deadline = self._loop.time() + self._shared.limits.idle_timeout_s
 
     def _take_no_more(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
@@ -16,12 +17,12 @@ import pytest
 
 from onecard.errors import QueueFullError, SpecError
 from onecard.server.http_types import HttpError, HttpLimits, HttpService, Response
-from tests.unit.server.http_peers import LOOPS, QUICK, Reader, ask, chunked, echo, get, post, running, until
+from tests.unit.server.http_peers import LOOPS, QUICK, Reader, ask, chunked, echo, get, patient, post, running, until
 
 
 @pytest.fixture(scope="module", params=LOOPS)
 def echoing(request):
-    with running(echo, HttpLimits(max_body_bytes=1_000_000), loop=request.param) as server:
+    with running(echo, HttpLimits(max_body_bytes=1_000_000, linger_s=60), loop=request.param) as server:
         yield server
 
 
@@ -130,7 +131,7 @@ def test_no_100_before_the_answers_to_what_came_before():
         peer.settimeout(0.1)
         with pytest.raises(TimeoutError):
             peer.recv(1)
-        peer.settimeout(10)
+        peer.settimeout(30)
         release.set()
         reader = Reader(peer)
         assert reader.answer().body == b"GET /slow  "
@@ -292,12 +293,16 @@ def test_the_order_holds_when_later_ones_are_ready_first():
 
 def test_no_more_than_max_pipeline_are_handled_at_once():
     at_once, most = 0, 0
+    handled: list[str] = []
 
     async def handler(request):
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
-        await asyncio.sleep(0.002)
+        while most < 4:  # however slowly they come
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.05 if len(handled) < 4 else 0.002)  # time for a fifth one, if it were let in
+        handled.append(request.path)
         at_once -= 1
         return echo(request)
 
@@ -323,7 +328,7 @@ def test_a_client_that_leaves_cancels_its_handler(loop):
         request.on_gone(lambda: events.append("gone"))
         try:
             events.append("began")
-            await asyncio.sleep(30)
+            await asyncio.sleep(600)
         except asyncio.CancelledError:
             events.append("cancelled")
             over.set()
@@ -343,7 +348,7 @@ def test_a_client_that_leaves_cancels_its_handler(loop):
                 peer.shutdown(socket.SHUT_WR)
                 assert Reader(peer).at_end()
             peer.close()
-            assert over.wait(5)
+            assert over.wait(30)
             assert events == ["began", "gone", "cancelled"]
 
 
@@ -360,7 +365,7 @@ def test_a_client_that_leaves_within_a_body_is_told_to_the_allocator():
         time.sleep(0.05)
         assert not gone.is_set()
         peer.close()
-        assert gone.wait(5)
+        assert gone.wait(30)
 
 
 def test_bodies_are_received_in_the_allocators_memory():
@@ -393,7 +398,7 @@ def test_what_is_refused_before_its_body(where):
         return memoryview(bytearray(length))
 
     service = HttpService(echo, refuse) if where == "allocator" else HttpService(echo, admit=refuse)
-    with running(service) as server:
+    with running(service, patient()) as server:
         with server.connect() as peer:  # a small body is read past: the connection goes on
             reader = Reader(peer)
             for body in (b"small", b"y" * 100_000):
@@ -420,7 +425,7 @@ def test_a_refused_body_that_stops_coming_ends_the_connection_without_a_second_a
     def refuse(request):
         raise HttpError(404, "no such model")
 
-    with running(HttpService(echo, admit=refuse), QUICK) as server, server.connect() as peer:
+    with running(HttpService(echo, admit=refuse), patient(body_timeout_s=0.3)) as server, server.connect() as peer:
         peer.sendall(post(b"abc")[:-1])
         reader = Reader(peer)
         refusal = reader.answer()
@@ -429,7 +434,7 @@ def test_a_refused_body_that_stops_coming_ends_the_connection_without_a_second_a
 
 
 def test_timeouts():
-    with running(echo, QUICK) as server:
+    with running(echo, patient(head_timeout_s=0.3, body_timeout_s=0.3, linger_s=0.3)) as server:
         for sent, status in [
             (b"GET / HTT", 408),
             (b"GET / HTTP/1.1\r\nHost: a\r\n", 408),
@@ -442,13 +447,21 @@ def test_timeouts():
                 reader = Reader(peer)
                 assert reader.answer().status == status
                 assert reader.at_end()
-        for sent in (b"", get()):  # at rest: closed without a word
-            with server.connect() as peer:
-                peer.sendall(sent)
+    with running(echo, patient(idle_timeout_s=0.4)) as server:  # at rest: closed without a word
+        with server.connect() as peer:
+            assert Reader(peer).at_end()
+
+        def answered_and_then_closed():
+            with server.connect() as peer, contextlib.suppress(ConnectionError):
+                peer.sendall(get())
                 reader = Reader(peer)
-                if sent:
-                    assert reader.answer().status == 200
-                assert reader.at_end()
+                if not reader.more():  # the machine stood still, and its time was over before it asked
+                    return False
+                assert reader.answer().status == 200
+                return reader.at_end()
+            return False
+
+        assert until(answered_and_then_closed)
 
 
 def test_memory_of_a_body_given_up_is_not_written_again():
@@ -459,9 +472,9 @@ def test_memory_of_a_body_given_up_is_not_written_again():
         request.on_gone(gone.set)
         return memoryview(arena)[:length]
 
-    with running(HttpService(echo, allocate), QUICK) as server, server.connect() as peer:
+    with running(HttpService(echo, allocate), patient(body_timeout_s=0.3)) as server, server.connect() as peer:
         peer.sendall(post(b"a" * 100_000)[:-50_000])
-        assert gone.wait(5)
+        assert gone.wait(30)
         before = bytes(arena)
         peer.sendall(b"b" * 50_000)
         assert Reader(peer).answer().status == 408
@@ -469,13 +482,13 @@ def test_memory_of_a_body_given_up_is_not_written_again():
 
 
 def test_slow_heads_and_bodies_are_cut_off_though_something_always_comes():
-    with running(echo, QUICK) as server:
+    with running(echo, patient(head_timeout_s=0.3, body_timeout_s=0.3)) as server:
         for first, drop in [(b"GET / HTTP/1.1\r\nX: ", b"a"), (post(b"a" * 100)[:-100], b"a")]:
             with server.connect() as peer:
                 peer.sendall(first)
                 peer.settimeout(0.02)
                 answer = b""
-                for _ in range(200):
+                for _ in range(1000):
                     try:
                         answer = peer.recv(100)
                         break
@@ -485,20 +498,49 @@ def test_slow_heads_and_bodies_are_cut_off_though_something_always_comes():
 
 
 def test_a_slow_handler_is_not_a_timeout():
+    began = []
+
     async def handler(request):
+        began.append(request.path)
         await asyncio.sleep(1)
         return echo(request)
 
     with running(handler, QUICK) as server:
-        assert ask(server, get()).status == 200
+
+        def answered():
+            with server.connect() as peer:
+                reader = Reader(peer)
+                with contextlib.suppress(ConnectionError):
+                    peer.sendall(get())
+                if not reader.more():  # the machine stood still, and its time was over before it asked
+                    assert not began
+                    return False
+                assert reader.answer().status == 200
+                return True
+
+        assert until(answered)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_who_reads_no_answer_is_cut_off_though_who_is_at_rest_is_not(loop):
+    released: list[str] = []
+
+    def handler(request):
+        return Response(200, (), [memoryview(bytes(20_000_000))], on_sent=lambda: released.append(request.path))
+
+    with running(handler, patient(write_timeout_s=0.4), loop=loop) as server, server.connect() as peer:
+        peer.sendall(get())
+        assert until(lambda: released == ["/"])
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_buffers_are_released_once_sent(loop):
+    asked: list[str] = []
     released: list[str] = []
     big = bytes(20_000_000)
 
     def handler(request):
+        asked.append(request.path)
         body = big if request.path == "/big" else b"small"
         return Response(200, (), [memoryview(body)], on_sent=lambda: released.append(request.path))
 
@@ -515,34 +557,53 @@ def test_buffers_are_released_once_sent(loop):
             reader.answer()
             assert until(lambda: released == ["/small", "/big", "/after"])
             peer.sendall(get("/big"))
-            time.sleep(0.1)
+            assert until(lambda: asked.count("/big") == 2)
         assert until(lambda: len(released) == 4)  # the client left
         assert released == ["/small", "/big", "/after", "/big"]
 
 
 def test_the_clock_of_a_body_starts_when_it_is_asked_for():
+    over = 0.0
+
     async def handler(request):
+        nonlocal over
         if request.path == "/slow":
             await asyncio.sleep(1)
+            over = time.monotonic()
         return echo(request)
 
-    with running(handler, QUICK) as server, server.connect() as peer:
-        peer.sendall(get("/slow") + post(b"", "/", "Expect: 100-continue").replace(b"Length: 0", b"Length: 1"))
-        reader = Reader(peer)
-        assert [reader.answer().status, reader.answer().status] == [200, 100]
-        peer.sendall(b"x")
-        assert reader.answer().body == b"POST /  x"
+    limits = patient(body_timeout_s=0.3)
+    with running(handler, limits) as server:
+
+        def comes_in_time():
+            with server.connect() as peer:
+                head = post(b"", "/", "Expect: 100-continue").replace(b"Length: 0", b"Length: 1")
+                peer.sendall(get("/slow") + head)
+                reader = Reader(peer)
+                assert [reader.answer().status, reader.answer().status] == [200, 100]
+                peer.sendall(b"x")
+                answer = reader.answer()
+                # A machine that stood still has brought it too late.
+                assert answer.status == 200 or time.monotonic() - over >= limits.body_timeout_s
+                return answer.body == b"POST /  x"
+
+        assert until(comes_in_time)
 
 
 def test_who_reads_nothing_is_cut_off():
-    released = threading.Event()
+    asked, released = threading.Event(), threading.Event()
 
     def handler(request):
+        asked.set()
         return Response(200, (), [bytes(20_000_000)], on_sent=released.set)
 
-    with running(handler, QUICK) as server, server.connect() as peer:
-        peer.sendall(get())
-        assert released.wait(5)
+    with running(handler, QUICK) as server, contextlib.ExitStack() as peers:
+        while not asked.is_set():  # a machine that stood still: its time was over before it asked
+            peer = peers.enter_context(server.connect())
+            with contextlib.suppress(ConnectionError):
+                peer.sendall(get())
+            asked.wait(1)
+        assert released.wait(30)
         assert until(lambda: server.server.connections == 0)
 
 
