@@ -354,7 +354,7 @@ class EngineGuard:
     async def _watch(self, child: EngineChild) -> None:
         """Kill an engine that does not answer, or that does not come to an end with a batch."""
         asked: int | None = None
-        silent_s, last = 0.0, time.monotonic()
+        silent_s, last, was_loading = 0.0, time.monotonic(), False
         while True:
             await asyncio.sleep(self._options.ping_s)
             # A pause of our own (a stopped process, a suspended machine) is not the engine's silence.
@@ -370,6 +370,9 @@ class EngineGuard:
             else:
                 silent_s += passed_s
                 loading = self._client.is_loading or (pong is not None and pong.loading)
+                if was_loading and not loading:  # it said so: an answer, too, though none to what was asked
+                    silent_s = 0.0
+                was_loading = loading
                 if silent_s > (self._options.hang_loading_s if loading else self._options.hang_s):
                     child.kill(f"it did not answer for {silent_s:.1f} s")
 
