@@ -52,7 +52,7 @@ class Attacked:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_until_ready(self, limit_s: float = 90.0) -> None:
+    def wait_until_ready(self, limit_s: float = 150.0) -> None:
         """Until it answers.
 
         Raises:
@@ -110,8 +110,8 @@ class Attacked:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.wait(30)
-        psutil.wait_procs(left[1:], 30)
+        self.process.wait(60)
+        psutil.wait_procs(left[1:], 60)
 
 
 @contextlib.contextmanager

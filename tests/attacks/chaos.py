@@ -50,6 +50,8 @@ class Setting:
         recover_s: within which an answer must come again.
         delay_ms: how long a batch takes.
         shared_bytes: how much of ``/dev/shm`` is filled at most.
+        hang_s: when the server takes an engine for one that hangs.
+        gone_s: within which no process may be left.
     """
 
     times: int = 10
@@ -58,6 +60,8 @@ class Setting:
     recover_s: float = 60.0
     delay_ms: float = 5.0
     shared_bytes: int = 1 << 30
+    hang_s: float = 3.0
+    gone_s: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -285,7 +289,8 @@ def _filled(folder: Path, limit_bytes: int) -> Iterator[tuple[int, bool]]:
 def harm(action: Action, setting: Setting, models: NullBundle | None = None) -> Damage:
     """Do an action to a server of its own, under load."""
     bundle = models or NullBundle(delay_ms=setting.delay_ms)
-    with attacked({MODEL: bundle}, "--shared-memory-prefix", _PREFIX) as server:
+    words = ("--shared-memory-prefix", _PREFIX, "--hang-s", str(setting.hang_s))
+    with attacked({MODEL: bundle}, *words) as server:
         load = OpenLoad(server.port, setting.rate_s, most=3000)
         processes = server.processes()
         blows = run(_strike_under_load(server, load, action, setting))
@@ -298,7 +303,7 @@ def harm(action: Action, setting: Setting, models: NullBundle | None = None) -> 
             longest_gap_s(load.samples),
             percentile([s.latency_s * 1e3 for s in load.samples if s.outcome == "answered"], 0.99),
             code,
-            len(psutil.wait_procs(processes, 5)[1]),
+            len(psutil.wait_procs(processes, setting.gone_s)[1]),
             server.output,
         )
 
@@ -312,6 +317,8 @@ async def _strike_under_load(server: Attacked, load: OpenLoad, action: Action, s
             for _ in range(setting.times):
                 await asyncio.sleep(setting.every_s)
                 blows.append(await _strike(server, load, action, setting))
+            if action is terminate:  # so that what comes then finds nobody
+                await asyncio.to_thread(server.process.wait, setting.recover_s)
             await asyncio.sleep(setting.every_s)
         finally:
             ended.set()
@@ -354,6 +361,7 @@ def main() -> int:
     words.add_argument("--rate", type=float, default=200.0, help="requests a second")
     words.add_argument("--recover", type=float, default=60.0, metavar="SECONDS")
     words.add_argument("--shared-bytes", type=int, default=1 << 30)
+    words.add_argument("--hang", type=float, default=3.0, metavar="SECONDS", help="when an engine counts as hanging")
     given = words.parse_args()
     bad = 0
     fault = _too_large(given.shared_bytes)
@@ -364,7 +372,9 @@ def main() -> int:
             print(f"== {name}: left out, for {fault}")
             continue
         times = 1 if name == "terminate" else given.times
-        setting = Setting(times, given.every, given.rate, given.recover, shared_bytes=given.shared_bytes)
+        setting = Setting(
+            times, given.every, given.rate, given.recover, shared_bytes=given.shared_bytes, hang_s=given.hang
+        )
         damage = harm(ACTIONS[name], setting)
         print(f"== {name}\n{damage}", flush=True)
         fine = {"answered", "unreachable"} if name == "terminate" else {"answered"}

@@ -38,6 +38,8 @@ GOOD_EVERY = 500
 _REGISTER_EVERY = 200
 _CHANNELS = 8
 _MOST_FAULTS = 20
+DRAIN_S = 100.0
+"""Of the server: if a call were still open, its end would take so long."""
 MODELS = {"tag": NullBundle(), "mixed": NullBundle(MIXED), "spare": NullBundle()}
 
 
@@ -249,7 +251,7 @@ def shared_object(prefix: str) -> Iterator[None]:
 def fuzzed_server() -> Iterator[tuple[Attacked, str]]:
     """A server to be fuzzed, and the prefix of the shared memory that it takes."""
     prefix = f"onecard-fuzz-{os.getpid()}"
-    words = ("--quick", "--grpc-port", "0", "--shared-memory-prefix", prefix)
+    words = ("--quick", "--grpc-port", "0", "--shared-memory-prefix", prefix, "--drain-s", str(DRAIN_S))
     with shared_object(prefix), attacked(MODELS, *words) as server:
         yield server, prefix
 

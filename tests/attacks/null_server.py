@@ -126,7 +126,7 @@ def main() -> None:
     words.add_argument("--quick", action="store_true", help="short times for clients that are slow or silent")
     words.add_argument("--queue-items", type=int, default=10_000)
     words.add_argument("--max-waiting", type=int, default=10_000, help="requests, while there is no engine")
-    words.add_argument("--hang-s", type=float, default=3.0, help="when an engine counts as hanging")
+    words.add_argument("--hang-s", type=float, default=60.0, help="when an engine, or a front, counts as hanging")
     words.add_argument("--drain-s", type=float, default=20.0)
     words.add_argument("--socket", type=Path, help="be the engine process that listens there")
     words.add_argument("--die-with-parent", action="store_true")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import random
+import select
 import time
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -27,7 +28,8 @@ class Sample:
         tag: its own.
         due_s: when it was to be sent, by ``time.monotonic``.
         sent_s: when it was.
-        outcome: ``lost`` is one that was sent and never answered; ``unreachable`` found nobody that listened.
+        outcome: ``lost`` is one that was sent and never answered; ``unreachable`` found nobody that listened, or
+            nobody who took the connection before the listener closed.
         status: of the answer.
         ended_s: when the answer came, or the connection went.
         retry_after: whether the answer said when to come back.
@@ -67,6 +69,7 @@ class _Peer(asyncio.Protocol):
         self._reader = AnswerReader()
         self.pending: collections.deque[Sample] = collections.deque()
         self.open = False
+        self._is_known = False  # an answer came: the server has this connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -76,6 +79,12 @@ class _Peer(asyncio.Protocol):
         sample.sent_s = time.monotonic()
         self.pending.append(sample)
         self.transport.write(wire)
+
+    def is_usable(self) -> bool:
+        """Whether the server has not ended it, which this process, if it was held up, may not have been told yet."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return self.open and not self.transport.is_closing() and not poll.poll(0)
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -87,6 +96,7 @@ class _Peer(asyncio.Protocol):
             if not self.pending:
                 self._wrong()
                 return
+            self._is_known = True
             self.pending.popleft().take(answer)
             self.open = self.open and not answer.closes
         if self.open and not self.pending:
@@ -104,8 +114,10 @@ class _Peer(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
+        # A reset says that nobody read what was sent; where none ever did, the kernel alone had taken the connection.
+        never_taken = isinstance(exc, ConnectionResetError) and not self._is_known
         for sample in self.pending:
-            sample.end("lost")
+            sample.end("unreachable" if never_taken else "lost")
         self.pending.clear()
         self._load.leave(self)
 
@@ -178,7 +190,7 @@ class OpenLoad:
         wire = infer(sample.tag, _ONE_ROW, timeout_us=self._timeout_us)
         while self._idle:
             peer = self._idle.pop()
-            if peer.open:
+            if peer.is_usable():
                 peer.send(sample, wire)
                 return
         if len(self._peers) + len(self._connecting) >= self._most:

@@ -34,6 +34,7 @@ class Setting:
         way_ms: from the client to the engine and back, which the server does not see: an answer is in time if it is
             with the client so much after the deadline.
         times: the overload, in capacities.
+        settle_s: within which the last of a load must be answered, however late.
     """
 
     seconds: float = 60.0
@@ -43,6 +44,7 @@ class Setting:
     deadline_ms: float = 250.0
     way_ms: float = 10.0
     times: float = 4.0
+    settle_s: float = 10.0
 
     @property
     def capacity_s(self) -> float:
@@ -93,7 +95,7 @@ def load(port: int, rate_s: float, seconds: float, setting: Setting) -> Loaded:
 
     async def main() -> None:
         await source.run(seconds)
-        await source.settle(10.0)
+        await source.settle(setting.settle_s)
 
     run(main())
     samples = source.samples

@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import contextlib
 import http.client
+import math
 import multiprocessing
 import random
 import sys
@@ -220,13 +221,16 @@ def send_all(whole: Share, processes: int) -> Counts:
 
 
 @contextlib.contextmanager
-def harming(server: Attacked, kill_every_s: float, reload_every_s: float) -> Iterator[collections.Counter[str]]:
+def harming(
+    server: Attacked, kill_every_s: float, reload_every_s: float, kills: float = math.inf
+) -> Iterator[collections.Counter[str]]:
     """Kill the engine and load the model again, time after time, while the ``with`` block runs.
 
     Args:
         server: attacked.
         kill_every_s: from an engine that answers to its end; 0 for never.
         reload_every_s: from one load to the next; 0 for never.
+        kills: at most so many: on a slow machine there is an engine for a small part of the time only.
 
     Yields:
         What was done, and what came of it.
@@ -236,6 +240,8 @@ def harming(server: Attacked, kill_every_s: float, reload_every_s: float) -> Ite
 
     def repeat(action: Action, every_s: float) -> None:
         while not over.wait(every_s):
+            if action is kill_engine and done["kill_engine: SIGKILL"] >= kills:
+                return
             if action is not kill_engine or _is_ready(server.port):  # or there would never be one
                 done[f"{action.__name__}: {action(server, Setting()).partition(' to ')[0]}"] += 1
 

@@ -12,7 +12,7 @@ import pytest
 
 grpc = pytest.importorskip("grpc", reason="grpcio is not installed")
 
-from tests.attacks.fuzz_grpc import Fuzzer, fuzz, fuzzed_server  # noqa: E402
+from tests.attacks.fuzz_grpc import DRAIN_S, Fuzzer, fuzz, fuzzed_server  # noqa: E402
 from tests.attacks.fuzz_grpc_cases import DOCUMENTED, make_case  # noqa: E402
 from tests.attacks.fuzz_grpc_frames import RawCase  # noqa: E402
 from tests.attacks.fuzz_grpc_words import UNTOLD, method  # noqa: E402
@@ -30,12 +30,10 @@ from tests.attacks.grpc_wire import (  # noqa: E402
 )
 from tests.attacks.loops import run  # noqa: E402
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 ONE_CALL = {"good", "bytes", "odd", "region", "large", "method", "unknown", "control", "health", "metadata", "late"}
 STREAMS = {"watch", "stream"}
 FRAMES = {"garbage", "cut off", "mutated", "harmless", "slow", "prefix", "fields", "frames", "flood", "several"}
-DRAIN_S = 20.0
-"""Of the server: if a call were still open, its end would take so long."""
 
 
 def test_a_fuzzed_server_stays_what_it_was(tmp_path):
@@ -53,7 +51,7 @@ def test_a_fuzzed_server_stays_what_it_was(tmp_path):
         refuse_often(server.grpc_port)
         assert not grew(after, held(server, after.descriptors)), "what is refused again and again is kept"
         began = time.monotonic()
-        assert server.end() == 0
+        assert server.end(DRAIN_S + 30) == 0
         assert time.monotonic() - began < DRAIN_S, "a call was left open"
         assert "Traceback" not in server.output
         assert "hpack" not in server.output, "any client could fill the log"
@@ -95,8 +93,9 @@ def test_frames_are_read_as_they_are_written():
     ],
 )
 def test_a_bad_server_is_found_out(tmp_path, monkeypatch, answer, words):
+    limit_s = 0.5 if words == "no answer within" else 4.0  # what shall come must come, also on a machine that stalls
     for module in ("fuzz_grpc", "fuzz_grpc_peer"):
-        monkeypatch.setattr(f"tests.attacks.{module}.LIMIT_S", 0.5)
+        monkeypatch.setattr(f"tests.attacks.{module}.LIMIT_S", limit_s)
     with answering(answer) as port:
         fuzzer = Fuzzer(port, 1, "p", tmp_path, at_once=8)
         run(fuzzer.run(60))

@@ -29,14 +29,16 @@ EXPECTED = {
 
 
 SHARES = (
-    ("Hangs", "Raises", "Unavailable"),
-    ("Segfaults", "Scaled", "FirstRowOnly"),
+    ("Hangs",),
+    ("Segfaults", "Scaled", "FirstRowOnly", "Raises", "Unavailable"),
     ("EatsMemory", "OutOfMemory", "SwapsRows", "ReusesBuffer"),
 )
 """Tried in searches side by side: much of their time is waiting."""
+HANGS_S, OTHERS_S = 40.0, 300.0
+"""How long a candidate may take: only what hangs is to reach the end of that, on a busy machine too."""
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_every_hostile_backend_is_a_row_with_its_reason(
     tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +51,7 @@ def test_every_hostile_backend_is_a_row_with_its_reason(
         options = {
             "recipes": tuple(f"bad{n}" for n in names),
             "effort": EffortSpec(0.1, 0.1, 0.1, 2),
-            "candidate_time_limit_s": 25.0,
+            "candidate_time_limit_s": HANGS_S if "Hangs" in names else OTHERS_S,
             "worker_memory_bytes": 3 << 30,
         }
         model, settled = prepare(f"{model_file}:small", device="cpu", inputs=[INPUT], options=options)

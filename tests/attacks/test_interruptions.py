@@ -20,6 +20,8 @@ from tests.conftest import INPUT, MODEL_FILE
 
 AT_ONCE = 2
 RECIPES = ("torchscript.trace", "eager+fold_bn")
+MORE = (*RECIPES, "torchscript.script", "eager+channels_last", "torchscript.trace+fold_bn")
+"""So many that some are left when the interruption comes, also from a test that is held up."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Place:
     """Where a search is interrupted: a folder of its own, with its model and its cache."""
 
     folder: Path
+    recipes: tuple[str, ...] = RECIPES
 
     @property
     def out(self) -> Path:
@@ -41,7 +44,7 @@ class Place:
         return {**os.environ, "ONECARD_CACHE": str(self.cache)}
 
     def command(self) -> list[str]:
-        recipes = [part for r in RECIPES for part in ("--recipe", r)]
+        recipes = [part for r in self.recipes for part in ("--recipe", r)]
         # As a terminal would start it: where this test itself runs in the background, Ctrl-C may be ignored.
         listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
         onecard = [sys.executable, "-c", f"{listen}; from onecard.cli import main; main()"]
@@ -56,7 +59,7 @@ class Place:
         found = self.cache.glob("searches/*/candidates/*/result.json")
         return {path.parent.name: path.stat().st_mtime for path in found}
 
-    def wait_for_results(self, count: int, process: subprocess.Popen[bytes], limit_s: float = 120) -> None:
+    def wait_for_results(self, count: int, process: subprocess.Popen[bytes], limit_s: float = 200) -> None:
         end = time.monotonic() + limit_s
         while len(self.results()) < count:
             assert process.poll() is None, "the search ended before it could be interrupted"
@@ -80,8 +83,10 @@ def after_kill_9_the_same_command_goes_on(place: Place) -> None:
     first.wait()
     done = place.results()
     assert not place.out.exists()
-    time.sleep(1.0)
-    assert not place.workers(), "a worker outlived the search"
+    end = time.monotonic() + 15
+    while place.workers():
+        assert time.monotonic() < end, "a worker outlived the search"
+        time.sleep(0.2)
 
     subprocess.run(place.command(), env=place.environment, check=True, capture_output=True, timeout=300)
     after = place.results()
@@ -107,10 +112,15 @@ def ctrl_c_once_writes_a_bundle_of_what_is_done(place: Place) -> None:
 def ctrl_c_twice_ends_with_one_message_and_writes_nothing(place: Place) -> None:
     process = place.start()
     place.wait_for_results(2, process)
+    killed = place.workers()
     process.send_signal(signal.SIGINT)
-    time.sleep(1.5)
+    end = time.monotonic() + 60
+    while any(worker.is_running() for worker in killed):  # the first one is not heard yet, and the two would be one
+        assert time.monotonic() < end, "Ctrl-C did not end the candidate that was tried"
+        time.sleep(0.05)
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=60)[0].decode()
+    text = process.communicate(timeout=120)[0].decode()
     assert process.returncode == 130, text
     assert text.count("error:") == 1 and "Traceback" not in text
     assert not place.out.exists()
@@ -119,11 +129,11 @@ def ctrl_c_twice_ends_with_one_message_and_writes_nothing(place: Place) -> None:
 
 def ctrl_c_before_anything_is_ready(place: Place) -> None:
     process = place.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not list(place.cache.glob("searches/*/job.json")) and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=60)[0].decode()
+    text = process.communicate(timeout=120)[0].decode()
     assert process.returncode == 130, text
     assert text.count("error:") == 1 and "Traceback" not in text
     assert not place.out.exists() and os.listdir(place.folder)
@@ -147,14 +157,15 @@ def begun(
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for what in INTERRUPTIONS:
             if what.__name__ in chosen:
-                place = Place(tmp_path_factory.mktemp("interrupted"))
+                recipes = RECIPES if what is after_kill_9_the_same_command_goes_on else MORE
+                place = Place(tmp_path_factory.mktemp("interrupted"), recipes)
                 (place.folder / "zoo.py").write_text(MODEL_FILE)
                 futures[what.__name__] = pool.submit(what, place)
         yield futures
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("what", [what.__name__ for what in INTERRUPTIONS])
 def test_a_search_that_is_interrupted(begun, what):
     begun[what].result()

@@ -9,7 +9,7 @@ from tests.attacks.open_load import Sample, outcomes, percentile
 from tests.attacks.overload import Setting, overload
 from tests.attacks.wire import Answer, infer
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 COLLAPSED = 0.5
 """How much goodput is kept to the per cent is for the script to show, on a quiet machine."""
 TRIES = 3
@@ -17,7 +17,8 @@ TRIES = 3
 
 
 def test_goodput_stays_and_refusals_are_honest():
-    setting = Setting(seconds=5, peak_seconds=2, delay_ms=40)
+    # So little a second, and so long deadlines, that also a machine of a fifth of the speed has time left.
+    setting = Setting(seconds=5, peak_seconds=2, delay_ms=120, deadline_ms=1000, way_ms=500, settle_s=60)
     kept = []
     with attacked({"tag": setting.bundle}) as server:
         while len(kept) < TRIES and max(kept, default=0.0) < COLLAPSED:

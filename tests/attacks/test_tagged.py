@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attacks.attacked import attacked
+from tests.attacks.attacked import attacked, settled
 from tests.attacks.null_server import NullBundle
 from tests.attacks.tagged import Counts, Share, harming, send
 from tests.attacks.wire import Answer, fault_of, infer, infer_in_json, json_body, pack_body
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_no_client_sees_anothers_answer():
     with attacked({"tag": NullBundle()}) as server:
         descriptors = server.descriptors()
         check(send(Share(server.port, 1_000_000, 12_000, cancelled=0.05, seed=0)), 12_000)
-        assert server.descriptors() <= descriptors + 64
+        most = descriptors + 64
+        assert settled(server.descriptors, lambda count: count <= most, 60) <= most
         assert server.end() == 0
         assert "Traceback" not in server.output
 
 
 def test_nor_while_the_engine_is_killed_and_the_model_is_loaded_again():
     with attacked({"tag": NullBundle(delay_ms=1.0)}) as server:
-        with harming(server, kill_every_s=1.5, reload_every_s=0.4) as done:
+        with harming(server, kill_every_s=1.5, reload_every_s=0.4, kills=3) as done:
             counts = send(Share(server.port, 2_000_000, 6_000, cancelled=0.05, seed=2))
         check(counts, 6_000)
         assert done["kill_engine: SIGKILL"] >= 1 and done["reload_model: status 200"] >= 1, done

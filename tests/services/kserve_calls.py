@@ -86,7 +86,7 @@ async def over_http(base: str, rows: list[Any]) -> dict[str, Any]:
 
 async def metadata_over_http(base: str) -> dict[str, Any]:
     """Its client has no call for that; its transport is httpx."""
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         found = (await client.get(f"{base}/v2/models/{MODEL}")).json()
         return {"name": found["name"], "inputs": found["inputs"], "outputs": found["outputs"]}
 

@@ -71,7 +71,7 @@ class Server:
     def output(self) -> str:
         return "".join(self.lines)
 
-    def wait_until_ready(self, limit_s: float = 90.0) -> int:
+    def wait_until_ready(self, limit_s: float = 150.0) -> int:
         """The port, once it is ready."""
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
@@ -81,11 +81,11 @@ class Server:
             time.sleep(0.05)
         raise AssertionError(f"the server was not ready within {limit_s} s:\n{self.output}")
 
-    def end(self, number: int = signal.SIGTERM, limit_s: float = 60.0) -> int:
+    def end(self, number: int = signal.SIGTERM, limit_s: float = 120.0) -> int:
         """Tell it to end, and give its exit code."""
         self.process.send_signal(number)
         code = self.process.wait(limit_s)
-        self.reader.join(10)
+        self.reader.join(30)
         return code
 
 

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 
 from onecard.bench.histogram import Histogram
 from tests.services.running_server import GOLDEN, serving
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(290)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def start(*words: object) -> subprocess.Popen[str]:
 def bench(*words: object) -> tuple[int, str, str]:
     process = start(*words)
     try:
-        out, error = process.communicate(timeout=120)
+        out, error = process.communicate(timeout=250)
     finally:
         process.kill()
     assert "Traceback" not in error
@@ -111,12 +112,23 @@ def test_mistakes_are_named(places, words, code, message):
     assert found == code
 
 
+def answered(place: str) -> int:
+    """Requests that the server has answered so far."""
+    base, _, model = place.rpartition("/")
+    with urllib.request.urlopen(f"{base}/v2/models/{model}/stats", timeout=60) as told:
+        return int(json.load(told)["model_stats"][0]["inference_count"])
+
+
 def test_ctrl_c_shows_what_was_measured(places):
-    process = start(places["http"], "--qps", 20, "--duration", "100s", "--warm-up", "0.2s")
+    before = answered(places["http"])
+    process = start(places["http"], "--qps", 20, "--duration", "100s", "--warm-up", "0")
     try:
-        time.sleep(6)
+        end = time.monotonic() + 120
+        while answered(places["http"]) < before + 30:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=30)
+        out, error = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, error

@@ -21,7 +21,7 @@ from tritonclient.utils import shared_memory as shm  # noqa: E402
 from onecard.server.grpc_messages import inference_messages  # noqa: E402
 from tests.services.running_server import GOLDEN, Server, golden_of_here, serving  # noqa: E402
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 PREFIX = f"onecard-ingest-{os.getpid()}"
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 FORM = "image=uint8 NHWC mean=0.485,0.456,0.406 std=0.229,0.224,0.225 scale=1/255"
@@ -124,31 +124,42 @@ def test_bytes_in_shared_memory(client, module):
 
 
 def test_both_forms_at_once_share_batches(server):
-    """Twelve at once, by turns in either form: each gets its own answer, and fewer batches than requests are run."""
+    """Twelve at once, by turns in either form: each gets its own answer, and fewer batches than requests are run.
+
+    On a busy machine they may come one by one, each later than a batch waits for the next: then they are sent again.
+    """
     address = server[0][triton_http]
     with triton_http.InferenceServerClient(address) as client:
         raw = [pictures(1, seed) for seed in range(12)]
         wanted = [answer(client, tensor(triton_http, normalised(each)), "plain") for each in raw]
-        before = counts(client)
-        found: dict[int, np.ndarray] = {}
-        gate = threading.Barrier(len(raw))
+        for _ in range(10):
+            before = counts(client)
+            found = ask_at_once(address, [each if n % 2 else normalised(each) for n, each in enumerate(raw)])
+            for number, each in enumerate(wanted):
+                np.testing.assert_allclose(found[number], each, rtol=1e-3, atol=1e-4)
+            after = counts(client)
+            assert after[0] - before[0] == len(raw)
+            if after[1] - before[1] < len(raw):
+                return
+    raise AssertionError("each had a batch of its own, ten times")
 
-        def ask(number: int) -> None:
-            given = raw[number] if number % 2 else normalised(raw[number])
-            with triton_http.InferenceServerClient(address) as mine:
-                gate.wait()
-                found[number] = answer(mine, tensor(triton_http, given))
 
-        callers = [threading.Thread(target=ask, args=(number,)) for number in range(len(raw))]
-        for caller in callers:
-            caller.start()
-        for caller in callers:
-            caller.join()
-        after = counts(client)
-    for number, each in enumerate(wanted):
-        np.testing.assert_allclose(found[number], each, rtol=1e-3, atol=1e-4)
-    assert after[0] - before[0] == len(raw)
-    assert after[1] - before[1] < len(raw)
+def ask_at_once(address: str, given: list[np.ndarray]) -> dict[int, np.ndarray]:
+    """The answers to all of them, each asked for by a client of its own."""
+    found: dict[int, np.ndarray] = {}
+    gate = threading.Barrier(len(given))
+
+    def ask(number: int) -> None:
+        with triton_http.InferenceServerClient(address) as mine:
+            gate.wait()
+            found[number] = answer(mine, tensor(triton_http, given[number]))
+
+    callers = [threading.Thread(target=ask, args=(number,)) for number in range(len(given))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    return found
 
 
 def counts(client) -> tuple[int, int]:
@@ -224,7 +235,7 @@ def test_mistakes_end_the_server_with_one_message(form, words):
     ports = ("--http-port", "0", "--no-grpc", "--metrics-port", "-1")
     server = Server(f"m={GOLDEN}", *ports, "--ingest", form)
     try:
-        assert server.process.wait(60) == 2
+        assert server.process.wait(150) == 2
     finally:
         server.process.kill()
         server.process.wait(30)

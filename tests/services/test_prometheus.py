@@ -24,7 +24,7 @@ from tests.services.prometheus_process import NOT_HERE, PROMETHEUS, PROMTOOL, Pr
 from tests.services.synthetic_snapshots import serving_metrics, snapshot, ticking
 
 pytestmark = [
-    pytest.mark.timeout(200),
+    pytest.mark.timeout(400),
     pytest.mark.skipif(PROMETHEUS is None or PROMTOOL is None, reason=NOT_HERE),
 ]
 HEALTHY = ("gpu", "cpu")
@@ -67,22 +67,24 @@ def test_promtool_finds_nothing_wrong_with_our_own_names(compatibility):
 
 
 def test_every_server_that_is_there_is_scraped(prometheus):
-    assert {series["metric"]["instance"]: series["value"][1] for series in prometheus.query("up")} == {
-        **dict.fromkeys((*HEALTHY, "troubled"), "1"),
-        "dead": "0",
-    }
+    def found() -> dict[str, str]:
+        return {series["metric"]["instance"]: series["value"][1] for series in prometheus.query("up")}
+
+    # A machine that stands still for a second loses a scrape.
+    prometheus.wait_for(lambda: found() == {**dict.fromkeys((*HEALTHY, "troubled"), "1"), "dead": "0"}, "all are up")
 
 
 def test_every_panel_gets_data(prometheus):
     queries = panel_queries(VARIABLES)
     page = "\n".join(f"# TYPE {name} " for name in all_metrics())  # the servers have all that there is
-    prometheus.wait_for(lambda: not unanswered(prometheus, queries, page), "data in every panel", 30.0)
+    prometheus.wait_for(lambda: not unanswered(prometheus, queries, page), "data in every panel")
 
 
 def test_a_panel_that_asks_for_nothing_is_found(prometheus):
     page = "# TYPE onecard_build_info gauge\n"
     queries = panel_queries(VARIABLES)
-    assert not unanswered(prometheus, [q for q in queries if "build_info" not in q.expression], page)
+    others = [q for q in queries if "build_info" not in q.expression]
+    prometheus.wait_for(lambda: not unanswered(prometheus, others, page), "all others are answered")
     mistaken = [q._replace(expression=q.expression.replace("{", '{no="where",')) for q in queries]
     assert unanswered(prometheus, mistaken, page)
 
@@ -95,20 +97,26 @@ def test_every_list_of_a_dashboard_offers_something(prometheus):
 
 
 def test_every_alert_asks_for_something_that_is_there(prometheus):
-    nothing = [f"{query.place}: {query.expression}" for query in alert_selectors() if not prometheus.query(query[1])]
-    assert not nothing
+    for asked in alert_selectors():
+        prometheus.wait_for(lambda query=asked.expression: prometheus.query(query), str(asked))
 
 
 def test_every_recording_rule_records(prometheus):
     for rule in rules("recording"):
-        found = prometheus.wait_for(lambda name=rule["record"]: prometheus.query(name), rule["record"])
-        assert {"gpu", "cpu"} <= {series["metric"]["instance"] for series in found}
+
+        def recorded(name: str = rule["record"]) -> set[str]:
+            return {series["metric"]["instance"] for series in prometheus.query(name)}
+
+        prometheus.wait_for(lambda: set(HEALTHY) <= recorded(), rule["record"])
 
 
 def test_recorded_figures_are_right(prometheus):
     def recorded(name: str) -> dict[str, float]:
-        found = prometheus.query(f'{name}{{model=~"resnet50|"}}')
-        return {series["metric"]["instance"]: float(series["value"][1]) for series in found}
+        def found() -> dict[str, float]:
+            series = prometheus.query(f'{name}{{model=~"resnet50|"}}')
+            return {each["metric"]["instance"]: float(each["value"][1]) for each in series}
+
+        return prometheus.wait_for(lambda: now if {"gpu", "troubled"} <= (now := found()).keys() else {}, name)
 
     errors = recorded("onecard:request_errors:ratio_rate5m")
     refusals = recorded("onecard:request_refusals:ratio_rate5m")
@@ -118,7 +126,8 @@ def test_recorded_figures_are_right(prometheus):
     assert errors["troubled"] == pytest.approx(30 / offered, rel=1e-3)
     assert refusals["troubled"] == pytest.approx(30 / offered, rel=1e-3)
     assert 0.01 <= recorded("onecard:request_duration_seconds:p99_5m")["gpu"] <= 0.015
-    watts = prometheus.query('onecard:joules_per_row:rate5m{instance="gpu", device="cuda:0"}')
+    joules = 'onecard:joules_per_row:rate5m{instance="gpu", device="cuda:0"}'
+    watts = prometheus.wait_for(lambda: prometheus.query(joules), joules)
     assert float(watts[0]["value"][1]) == pytest.approx(600 / (2 * 4 * 100), rel=1e-3)
 
 
@@ -128,9 +137,10 @@ def test_every_alert_fires_where_there_is_trouble_and_nowhere_else(prometheus):
     def firing() -> set[str]:
         return {alert["labels"]["alertname"] for alert in prometheus.alerts() if alert["state"] == "firing"}
 
-    prometheus.wait_for(lambda: expected <= firing(), f"{sorted(expected)} all fire", 60.0)
+    prometheus.wait_for(lambda: expected <= firing(), f"{sorted(expected)} all fire")
+    # One scrape that a busy machine was too slow for tells of itself until the next one.
+    prometheus.wait_for(lambda: not {a["labels"]["instance"] for a in prometheus.alerts()} & {*HEALTHY}, "no others do")
     for alert in prometheus.alerts():
-        assert alert["labels"]["instance"] not in HEALTHY, alert
         for text in alert["annotations"].values():
             assert "<no value>" not in text
             assert "<error" not in text
@@ -161,8 +171,13 @@ def test_a_server_that_vanished_from_the_targets_is_told_of(tmp_path):
 def test_prometheus_asks_for_openmetrics_and_reads_it(prometheus):
     (entry,) = prometheus.metadata("onecard_request_duration_seconds")
     assert (entry["type"], entry["unit"]) == ("histogram", "seconds")  # the text format says no units
-    names = {series["metric"]["__name__"] for series in prometheus.query('{instance="troubled", __name__=~"nv_.+"}')}
-    assert {"nv_inference_request_success", "nv_gpu_utilization", "nv_cpu_utilization"} <= names
+    wanted = {"nv_inference_request_success", "nv_gpu_utilization", "nv_cpu_utilization"}
+
+    def names() -> set[str]:
+        found = prometheus.query('{instance="troubled", __name__=~"nv_.+"}')
+        return {series["metric"]["__name__"] for series in found}
+
+    prometheus.wait_for(lambda: wanted <= names(), "Triton's names")
 
 
 def test_every_metric_but_a_few_is_on_a_dashboard():

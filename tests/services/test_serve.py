@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -12,18 +13,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.services.running_server import GOLDEN, serving
+from tests.services.running_server import GOLDEN, Server, serving
 
 triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
 import tritonclient.http.aio as triton_aio  # noqa: E402
 from tritonclient.utils import InferenceServerException  # noqa: E402
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
@@ -220,36 +222,46 @@ def test_more_than_may_wait_is_refused_with_the_time_to_come_back(golden):
 def test_a_client_that_goes_away_is_not_answered_for(golden):
     body = infer_body(given(golden, 1))
     head = f"POST /v2/models/small/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    with serving(f"small={GOLDEN}", "--max-delay", "20s") as (port, _):
+    with serving(f"small={GOLDEN}", "--max-delay", "300s") as (port, server):
+
+        def stats() -> dict:
+            (found,) = json.loads(ask(port, "GET", "/v2/models/small/stats")[2])["model_stats"]
+            return found
+
+        def waits() -> bool:
+            (model,) = json.loads(ask(port, "GET", "/v2/onecard/state")[2])["models"]
+            return model["in_flight"] == 1
+
         connection = socket.create_connection(("127.0.0.1", port))
         connection.sendall(head + body)
-        time.sleep(0.3)
+        until(waits, server)
         connection.close()
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            (found,) = json.loads(ask(port, "GET", "/v2/models/small/stats")[2])["model_stats"]
-            if found["inference_stats"]["fail"]["count"]:
-                break
-            time.sleep(0.05)
-        assert found["inference_stats"]["fail"]["count"] == 1
-        assert found["execution_count"] == 0
+        until(lambda: stats()["inference_stats"]["fail"]["count"], server)
+        assert stats()["inference_stats"]["fail"]["count"] == 1
+        assert stats()["execution_count"] == 0
+
+
+def until(true: Callable[[], object], server: Server) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end, server.output
+        time.sleep(0.05)
 
 
 def test_sigterm_answers_what_came_in_and_refuses_nothing_that_was_under_way(golden):
     with serving(f"small={GOLDEN}", "--max-delay", "300ms", "--drain-timeout", "20s") as (port, server):
         body = infer_body(given(golden, 1))
-        found: list[int] = []
-        callers = [
-            threading.Thread(target=lambda: found.append(ask(port, "POST", "/v2/models/small/infer", body)[0]))
-            for _ in range(16)
-        ]
-        for caller in callers:
-            caller.start()
-        time.sleep(0.1)
-        assert server.end() == 0
-        for caller in callers:
-            caller.join()
-        assert found == [200] * 16
+        # Fifteen: the last batch is not full, and waits. All are known to the server before they ask.
+        with contextlib.ExitStack() as opened:
+            callers = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(15)]
+            for caller in callers:
+                opened.callback(caller.close)
+                caller.request("GET", "/v2/health/live")
+                assert caller.getresponse().read() == b'{"live":true}'
+            for caller in callers:
+                caller.request("POST", "/v2/models/small/infer", body)
+            assert server.end() == 0
+            assert [caller.getresponse().status for caller in callers] == [200] * 15
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", port), timeout=2)
 

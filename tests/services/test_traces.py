@@ -23,7 +23,7 @@ from tritonclient.utils import InferenceServerException  # noqa: E402
 from tests.services.running_server import GOLDEN, Server, serving  # noqa: E402
 from tests.services.trace_collector import Collector, Span  # noqa: E402
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 PARTS = {"parse", "queue", "copy-in", "compute", "copy-out", "reply"}
 TRACES = {name: f"{number:032x}" for number, name in enumerate(("away", "http", "grpc", "stream", "none", "last"), 1)}
 PARENT = "00f067aa0ba902b7"
@@ -88,7 +88,7 @@ def test_spans_of_requests_arrive(golden):
         port = probe.getsockname()[1]
     words = ["--trace-endpoint", f"http://127.0.0.1:{port}", "--trace-sample", "0"]
     words += ["--access-log", "1", "--log-format", "json"]
-    hurry = {"OTEL_BSP_SCHEDULE_DELAY": "500", "OTEL_EXPORTER_OTLP_TIMEOUT": "0.2"}
+    hurry = {"OTEL_BSP_SCHEDULE_DELAY": "500", "OTEL_EXPORTER_OTLP_TIMEOUT": "2.5"}
     image, wanted = (np.repeat(golden[name][:1], 2, axis=0) for name in ("in.image", "out.output"))
     with serving(f"m={GOLDEN}", *words, environment=hurry) as (http_port, server):
         http, grpc = f"127.0.0.1:{http_port}", f"127.0.0.1:{_grpc_port(server)}"
@@ -148,12 +148,12 @@ def test_without_the_option_nothing_of_it_is_imported(golden, tmp_path):
     ("words", "said"),
     [
         (["--trace-endpoint", "collector:4318"], "http://127.0.0.1:4318"),
-        (["--trace-endpoint", "http://127.0.0.1:4318", "--trace-sample", "2"], "0 to 1"),
+        (["--trace-endpoint", "http://127.0.0.1:4318", "--trace-sample", "2"], "Invalid value for '--trace-sample'"),
     ],
 )
 def test_options_that_cannot_be_are_said(words, said):
     server = Server(f"m={GOLDEN}", *words, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
-    assert server.process.wait(60) == 2
+    assert server.process.wait(150) == 2
     server.reader.join(10)
     assert said in re.sub(r"\s+", " ", server.output) and "Traceback" not in server.output
 
@@ -165,7 +165,7 @@ def _grpc_port(server: Server) -> int:
 
 
 def _wait_for_log(server: Server, text: str) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 90
     while text not in server.output:
         assert time.monotonic() < end, server.output
         time.sleep(0.05)

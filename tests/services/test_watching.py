@@ -21,7 +21,7 @@ from tests.services.monitoring_queries import panel_queries, unanswered
 from tests.services.prometheus_process import NOT_HERE, PROMETHEUS, PROMTOOL, watching
 from tests.services.running_server import GOLDEN, serving
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(500)
 _METRICS_PORT = re.compile(r"metrics on port (\d+)")
 needs_prometheus = pytest.mark.skipif(PROMETHEUS is None or PROMTOOL is None, reason=NOT_HERE)
 
@@ -70,7 +70,9 @@ def test_every_request_is_counted_once_where_it_belongs(ports):
     assert infer(port, 9) == 400
     assert infer(port, 1, parameters={"timeout": 1}) == 504
     assert infer(port, 1, model="nobody") == 404
-    after = model(port)
+    end = time.monotonic() + 30
+    while (after := model(port)).requests - before.requests < 3 or after.in_flight:  # the engine tells a little later
+        assert time.monotonic() < end, after
     assert after.requests - before.requests == 3
     assert after.rows - before.rows == 6
     assert after.histograms["request_s"].minus(before.histograms["request_s"]).count == 3
@@ -149,9 +151,9 @@ def test_the_monitor_shows_a_real_server(ports):
     port, _ = ports
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "onecard", "monitor", url]
-    once = subprocess.run([*command, "--once"], capture_output=True, text=True, check=True, timeout=60)
+    once = subprocess.run([*command, "--once"], capture_output=True, text=True, check=True, timeout=150)
     assert "a" in once.stdout.split() and "READY" in once.stdout.upper()
-    as_json = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, timeout=60)
+    as_json = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, timeout=150)
     assert [each["name"] for each in json.loads(as_json.stdout)["models"]] == ["a", "b"]
 
 
@@ -166,7 +168,7 @@ def test_every_panel_has_data_of_a_real_server(ports, tmp_path):
         prometheus.wait_for(lambda: prometheus.query("count_over_time(up[5m]) >= 5"), "five scrapes")
         page = ask(metrics, "/metrics")[2].decode()
         queries = panel_queries({"model_a": "a", "model_b": "b"})
-        prometheus.wait_for(lambda: not unanswered(prometheus, queries, page), "every panel has data", 60)
+        prometheus.wait_for(lambda: not unanswered(prometheus, queries, page), "every panel has data")
 
 
 @needs_prometheus
@@ -186,12 +188,12 @@ def test_alerts_fire_when_the_queue_is_full_and_when_the_engine_was_killed(tmp_p
         prometheus.wait_for(lambda: prometheus.query("onecard_engine_restarts_total"), "a first scrape")
         assert not firing("OnecardQueueNearlyFull") and not firing("OnecardEngineRestarted")
         with Load(one, threads=10):
-            prometheus.wait_for(lambda: firing("OnecardQueueNearlyFull"), "the queue's alert", 60)
-            prometheus.wait_for(lambda: firing("OnecardRefusesRequests"), "the refusals' alert", 60)
+            prometheus.wait_for(lambda: firing("OnecardQueueNearlyFull"), "the queue's alert")
+            prometheus.wait_for(lambda: firing("OnecardRefusesRequests"), "the refusals' alert")
         engine = server.engine()
         assert engine is not None
         engine.kill()
-        prometheus.wait_for(lambda: firing("OnecardEngineRestarted"), "the engine's alert", 60)
+        prometheus.wait_for(lambda: firing("OnecardEngineRestarted"), "the engine's alert")
 
 
 class Load:
@@ -215,4 +217,4 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(30)
+            thread.join(90)

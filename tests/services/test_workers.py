@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from tests.attacks.open_load import OpenLoad, outcomes
 from tests.attacks.wire import FACTOR, OFFSET, WIDTH, AnswerReader, fault_of, infer
 from tests.services.running_server import GOLDEN, serving
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 FRONTS = 3
 PREFIX = f"onecard-workers-{os.getpid()}"
 MODELS = {"tag": NullBundle(delay_ms=1), "other": NullBundle()}
@@ -91,10 +91,21 @@ def index(server: Attacked) -> dict[str, tuple[str, str]]:
     return {each["name"]: (each["state"], each["version"]) for each in json.loads(body)}
 
 
-def wait_for_fronts(server: Attacked) -> None:
-    end = time.monotonic() + 30
-    while state(server)["server"]["fronts"] < FRONTS:
+def until(true: Callable[[], bool], server: Attacked) -> None:
+    end = time.monotonic() + 90
+    while not true():
         assert time.monotonic() < end, server.output
+        time.sleep(0.05)
+
+
+def wait_for_fronts(server: Attacked) -> None:
+    until(lambda: state(server)["server"]["fronts"] == FRONTS, server)
+
+
+def counted_at_least(server: Attacked, count: int) -> int:
+    """The count once it is so much: a front that is slow to tell its own is counted with what it told before."""
+    until(lambda: counted(server) >= count, server)
+    return counted(server)
 
 
 def test_every_front_answers_and_all_are_counted_together(server):
@@ -104,7 +115,7 @@ def test_every_front_answers_and_all_are_counted_together(server):
         used = [len(process.net_connections("tcp")) for process in fronts(server)]
         assert len(used) == FRONTS and min(used) > 3, used  # more than the sockets that it listens on
         assert state(server)["server"]["open_connections"] >= MANY
-    assert counted(server) - before == MANY
+    assert counted_at_least(server, before + MANY) == before + MANY
     told = state(server)
     assert {process["role"] for process in told["processes"]} == {"front-0", "front-1", "front-2", "engine"}
     assert (told["server"]["fronts"], told["server"]["ready"]) == (FRONTS, True)
@@ -113,11 +124,16 @@ def test_every_front_answers_and_all_are_counted_together(server):
 def test_metrics_are_the_same_whoever_is_asked(server):
     with connections(server) as peers:
         assert not any(tagged(peer, tag) for tag, peer in enumerate(peers))
-    total = counted(server)
-    pages = [ask(server, "GET", "/metrics")[1].decode() for _ in range(10)]
+    total = counted_at_least(server, MANY)
     named = "onecard_requests_answered_total{"
-    (line,) = {line for page in pages for line in page.splitlines() if line.startswith(named) and '"tag"' in line}
-    assert float(line.split()[1]) == total >= MANY
+    pages: list[str] = []
+
+    def told() -> set[float]:
+        pages[:] = [ask(server, "GET", "/metrics")[1].decode() for _ in range(10)]
+        lines = [line for page in pages for line in page.splitlines() if line.startswith(named) and '"tag"' in line]
+        return {float(line.split()[1]) for line in lines}
+
+    until(lambda: told() == {total}, server)
     assert all(f"onecard_server_fronts {FRONTS}" in page for page in pages)
 
 
@@ -176,14 +192,14 @@ def test_a_front_that_is_killed_comes_back_and_knows_what_the_others_know(server
         before = counted(server)
         victim = fronts(server)[1]
         victim.kill()
-        psutil.wait_procs([victim], 10)
-    assert counted(server) >= before
+        psutil.wait_procs([victim], 60)
+    assert counted_at_least(server, before) >= before
     wait_for_fronts(server)
     assert victim.pid not in [process.pid for process in fronts(server)]
     with connections(server) as peers:
         assert [tagged(peer, tag) for tag, peer in enumerate(peers)] == [""] * MANY
         assert min(len(process.net_connections("tcp")) for process in fronts(server)) > 3
-    assert counted(server) >= before + MANY
+    counted_at_least(server, before + MANY)
     size = {"shared_memory_region": "kept", "shared_memory_byte_size": 4 * WIDTH}
     body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, WIDTH], "parameters": size}]}
     assert [ask(server, "POST", "/v2/models/tag/infer", body)[0] for _ in range(12)] == [200] * 12
@@ -200,25 +216,34 @@ def test_no_request_is_lost_when_the_engine_dies_whichever_front_has_it(server):
         await load.run(0.7)
         engine.kill()
         await load.run(1.3)
-        await load.settle(60.0)
+        await load.settle(150.0)
         return load
 
     load = run(attack())
     assert outcomes(load.samples) == {"answered": len(load.samples)}
-    assert state(server)["server"]["engine_restarts"] == restarts + 1
-    assert [ask(server, "GET", "/v2/health/ready")[0] for _ in range(12)] == [200] * 12
+    until(lambda: state(server)["server"]["engine_restarts"] == restarts + 1, server)
+    until(lambda: [ask(server, "GET", "/v2/health/ready")[0] for _ in range(12)] == [200] * 12, server)
 
 
-def test_a_front_that_hangs_is_started_again(server):
+def test_a_front_that_hangs_does_not_hold_up_who_asks_for_the_state(server):
     victim = fronts(server)[-1]
     victim.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    told = state_of_any(server)
-    assert told["server"]["fronts"] == FRONTS  # it does not hold up who asks for the state
-    assert time.monotonic() - began < 30
-    psutil.wait_procs([victim], 40)
-    assert not victim.is_running()
+    try:
+        began = time.monotonic()
+        assert state_of_any(server)["server"]["fronts"] == FRONTS
+        assert time.monotonic() - began < 30  # half of the time after which it would be killed
+    finally:
+        victim.send_signal(signal.SIGCONT)
     wait_for_fronts(server)
+
+
+def test_a_front_that_hangs_is_started_again():
+    with attacked({"tag": NullBundle()}, "--workers", str(FRONTS), "--hang-s", "2") as server:
+        wait_for_fronts(server)
+        victim = fronts(server)[-1]
+        victim.send_signal(signal.SIGSTOP)
+        assert psutil.wait_procs([victim], 90)[1] == []
+        wait_for_fronts(server)
 
 
 def state_of_any(server: Attacked) -> dict:
@@ -253,14 +278,14 @@ def test_grpc_is_answered_by_all_fronts(server):
             tensor.set_data_from_numpy(x)
             np.testing.assert_array_equal(client.infer("tag", [tensor]).as_numpy("x_out"), x * FACTOR + OFFSET)
             assert client.is_server_ready()
-    assert counted(server) - before == 12
+    assert counted_at_least(server, before + 12) == before + 12
 
 
 def test_another_server_on_the_same_port_is_refused(server):
     words = [f"a={server.folders['other']}", "--http-port", str(server.port), "--workers", "2"]
     command = [sys.executable, "-W", "ignore", "-m", "tests.attacks.null_server", *words]
     here = Path(__file__).parents[2]
-    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=here)
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=150, cwd=here)
     assert ended.returncode != 0
     assert f"Listening on 127.0.0.1:{server.port} is not possible" in ended.stderr
 
@@ -274,14 +299,14 @@ def test_sigterm_answers_what_came_in_at_every_front():
             await load.run(1.0)
             server.process.send_signal(signal.SIGTERM)
             await load.run(0.5)
-            await load.settle(20.0)
+            await load.settle(60.0)
             return load
 
         load = run(attack())
         assert set(outcomes(load.samples)) <= {"answered", "unreachable"}
         assert outcomes(load.samples)["answered"] > 100
-        assert server.process.wait(30) == 0
-        assert psutil.wait_procs(processes, 5)[1] == []
+        assert server.process.wait(90) == 0
+        assert psutil.wait_procs(processes, 60)[1] == []
 
 
 def test_nothing_is_left_when_the_main_process_is_killed():
@@ -289,7 +314,7 @@ def test_nothing_is_left_when_the_main_process_is_killed():
         processes = server.processes()
         assert len(processes) == 1 + FRONTS
         server.process.kill()
-        assert psutil.wait_procs(processes, 10)[1] == []
+        assert psutil.wait_procs(processes, 60)[1] == []
 
 
 def test_the_command_with_a_unix_domain_socket_and_a_second_signal(tmp_path):
@@ -309,6 +334,6 @@ def test_the_command_with_a_unix_domain_socket_and_a_second_signal(tmp_path):
                 assert answer.startswith(b"HTTP/1.1 200"), answer
         server.process.send_signal(signal.SIGINT)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) in (0, -signal.SIGTERM)
-        assert psutil.wait_procs(processes, 10)[1] == []
+        assert server.process.wait(90) in (0, -signal.SIGTERM)
+        assert psutil.wait_procs(processes, 60)[1] == []
         assert "Traceback" not in server.output

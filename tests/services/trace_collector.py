@@ -58,7 +58,7 @@ class Collector:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
-    def wait(self, found: Callable[[list[Span]], bool], limit_s: float = 20.0) -> list[Span]:
+    def wait(self, found: Callable[[list[Span]], bool], limit_s: float = 60.0) -> list[Span]:
         """The spans, once they are what is waited for."""
         end = time.monotonic() + limit_s
         while not found(self.spans):

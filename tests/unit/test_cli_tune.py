@@ -25,7 +25,7 @@ from onecard.runtime.tune import TuneOptions, TuneProgress, tuned_options
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundle-v1"
 FEW = ["--seconds-per-point", "0.05", "--device", "cpu", "--batch", "1", "--batch", "4"]
-QUICK = [*FEW, "--time-limit", "12s"]
+QUICK = [*FEW, "--time-limit", "90s"]  # which only a machine that stands still would need
 
 
 @pytest.fixture
@@ -35,16 +35,16 @@ def bundle(tmp_path: Path) -> Path:
 
 def onecard(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from onecard.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180, **options)
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(290)
 def test_a_bundle_is_tuned(bundle):
-    # A busy machine may need much of the time before the first rate is tried.
+    # Each rate is tried for two seconds, and twice if it misses: a machine that stands still meanwhile has another try.
     done = onecard("tune", bundle, "--p99", "1us", "--p99", "200ms", *FEW, "--time-limit", "60s")
     assert done.returncode == 0, done.stderr
     assert "the knee" in done.stdout
@@ -146,7 +146,7 @@ def test_a_bundle_that_is_replaced_meanwhile_is_left_alone(bundle):
         text = (bundle / "onecard.json").read_bytes()
         (bundle / "onecard.json").write_bytes(text.replace(b'"sha256": "', b'"sha256":  "', 1))
 
-    options = TuneOptions((0.001,), (1,), (1,), 1, 0.05, 5.0)
+    options = TuneOptions((0.001,), (1,), (1,), 1, 0.05, 90.0)
     with pytest.raises(BundleError):
         tune(bundle, device="cpu", options=options, observe=observe)
     assert not (bundle / "tuning.json").exists()

@@ -115,7 +115,7 @@ def assert_right_without_compiler(built: Built, sizes: dict[str, list[dict[str, 
     command = [sys.executable, "-c", WITHOUT_COMPILER, *map(json.dumps, values)]
     clean = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX")}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={**clean, "PATH": ""}, cwd=built.folder
+        command, capture_output=True, text=True, timeout=250, check=False, env={**clean, "PATH": ""}, cwd=built.folder
     )
     assert done.returncode == 0, done.stderr
     for name, size in cases.items():

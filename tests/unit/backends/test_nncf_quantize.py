@@ -335,6 +335,6 @@ def test_quiet_without_telemetry_and_loaded_without_nncf(tmp_path):
     for code in (_QUIETLY, _LOADED):
         command = [sys.executable, "-c", code, str(tmp_path / "cwd"), str(tmp_path)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout == done.stderr == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.export import Dim
@@ -178,7 +178,7 @@ def graphs(draw: st.DrawFn) -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(graphs())
 def test_any_graph_answers_the_same_and_never_needs_more(module):
     x = torch.arange(8.0)

@@ -40,6 +40,7 @@ class _Server:
         self.behaviour = behaviour
         self._free = self._first = 0.0
         self._waiting = 0
+        self.answered = self.refused = 0
         self.bodies: list[bytes] = []
         self.paths: list[str] = []
 
@@ -75,6 +76,7 @@ class _Server:
         now = time.perf_counter()
         self._first = self._first or now
         if self._waiting >= self.behaviour.most_waiting:
+            self.refused += 1
             return 429, b'{"error": "too much is waiting"}'
         self._free = max(self._free, now) + self.behaviour.service_s  # exact, however late the timer is
         stall = self._first + self.behaviour.stall_at_s
@@ -86,6 +88,7 @@ class _Server:
                 await asyncio.sleep(self._free - now)
         finally:
             self._waiting -= 1
+        self.answered += 1
         return 200, b"x" * 100
 
     def _wire(self, status: int, body: bytes) -> bytes:
@@ -107,9 +110,9 @@ def known_server(behaviour: Behaviour | None = None) -> Iterator[tuple[str, _Ser
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", known
     finally:
-        asyncio.run_coroutine_threadsafe(_end(server), loop).result(10)
+        asyncio.run_coroutine_threadsafe(_end(server), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 

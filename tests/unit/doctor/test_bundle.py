@@ -21,7 +21,7 @@ from onecard.doctor.check_bundle import NEEDED, bundle_device, check_bundle
 from onecard.spec import bucket_label
 from tests.conftest import INPUT, MODEL_FILE
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(600)
 BEST = "onnxruntime.cpu"
 
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-c", "from onecard.cli import main; main()", "optimize", f"{folder / 'zoo.py'}:small"]
     options = ["--input", INPUT, "--recipe", BEST, "--device", "cpu", "-o", str(folder / "small.onecard")]
     environment = {**os.environ, "ONECARD_CACHE": str(folder / "cache")}
-    subprocess.run([*command, *options], env=environment, capture_output=True, check=True, timeout=200)
+    subprocess.run([*command, *options], env=environment, capture_output=True, check=True, timeout=500)
     return folder / "small.onecard"
 
 

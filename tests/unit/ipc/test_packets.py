@@ -19,7 +19,7 @@ from tests.unit.ipc.peer import GREETING
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SOCK_SEQPACKET with descriptors needs Linux"),
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(200),
 ]
 PEER = Path(__file__).with_name("peer.py")
 LARGEST_BUFFER = Path("/proc/sys/net/core/wmem_max")
@@ -52,7 +52,7 @@ def peer(tmp_path):
     def start(role: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
         command = [sys.executable, str(PEER), str(tmp_path / "peer"), role]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        listener.settimeout(30)
+        listener.settimeout(60)
         sock = packets.accept(listener)
         started.append((process, sock))
         return process, sock
@@ -322,7 +322,7 @@ def test_another_process_reads_and_writes_our_segment(peer):
 
 def test_a_segment_outlives_the_process_that_made_it(peer):
     process, sock = peer("write")
-    process.wait(30)
+    process.wait(60)
     message, (fd,) = packets.receive(sock, descriptors=1)
     nbytes, offset = map(int, message.split())
     segment = Segment.attach(fd, nbytes)
@@ -339,7 +339,7 @@ def test_long_messages_go_through_another_process(peer):
         packets.send(sock, message)
         assert packets.receive(sock) == (message, [])
     sock.shutdown(socket.SHUT_WR)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_killed_peer_is_the_end_of_the_connection(peer):
@@ -347,7 +347,7 @@ def test_a_killed_peer_is_the_end_of_the_connection(peer):
     assert process.stdout.readline() == b"sent\n"
     packets.send(sock, b"never read")
     process.kill()
-    process.wait(30)
+    process.wait(60)
     assert [packets.receive(sock)[0] for _ in range(4)] == [b"1", b"2", b"3", b""]
     with pytest.raises(ConnectionResetError):
         packets.send(sock, b"anyone?")

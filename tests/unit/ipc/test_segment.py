@@ -218,4 +218,4 @@ def test_other_systems_are_told(monkeypatch):
 def test_the_front_stays_light():
     modules = "arena, onecard.ipc.segment, onecard.ipc.packets"
     code = f"import sys, onecard.ipc.{modules}; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)

@@ -29,7 +29,7 @@ def onecard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return int(ended.value.code or 0), printed.out, printed.err
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_the_table_and_the_largest_batch(model_file, cache, monkeypatch, capsys):
     words = (f"{model_file}:small", "--input", INPUT, "--device", "cpu", "--device-memory", "1GiB")
     code, out, err = onecard(monkeypatch, capsys, *words)
@@ -93,7 +93,7 @@ def test_mistakes(mistake, model_file, cache, tmp_path, monkeypatch, capsys):
     assert "Traceback" not in out + err
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_bundle_is_planned_by_the_variant_that_serves_each_size(cache, tmp_path, monkeypatch, capsys):
     bundle = tmp_path / "golden.onecard"
     shutil.copytree(GOLDEN, bundle)
@@ -132,7 +132,7 @@ def sleeper():
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_ctrl_c_ends_the_worker_and_leaves_nothing(cache, tmp_path):
     (tmp_path / "zoo.py").write_text(SLEEPER)
     register = "from onecard import cli, cli_memory\n"
@@ -140,14 +140,14 @@ def test_ctrl_c_ends_the_worker_and_leaves_nothing(cache, tmp_path):
     words = ["plan", f"{tmp_path / 'zoo.py'}:sleeper", "--input", "x: float32[B,4], B=1..8"]
     command = [sys.executable, "-c", register + "cli.main()", *words, "--batch", "8", "--device", "cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ) as plan:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 250
         while not [stage for stage in cache.glob("plans/*/1-B8/stage") if stage.read_text() == "running"]:
             assert time.monotonic() < deadline and plan.poll() is None
             time.sleep(0.1)
         workers = psutil.Process(plan.pid).children(recursive=True)
         assert workers
         plan.send_signal(signal.SIGINT)
-        printed, _ = plan.communicate(timeout=30)
+        printed, _ = plan.communicate(timeout=120)
     assert plan.returncode == 130, printed
     assert "Traceback" not in printed
     assert list((cache / "plans").iterdir()) == []

@@ -71,7 +71,7 @@ def test_round_trip_in_a_new_process(kinds: tuple[str, ...], request: pytest.Fix
             answers = model.flat(*sample_inputs(model.spec, sizes))
         expected[tmp_path / kind] = dict(zip(model.flat.plan.outputs, answers, strict=True))
     child = [sys.executable, "-c", CHILD, *map(str, expected)]
-    subprocess.run(child, check=True, env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), timeout=120)
+    subprocess.run(child, check=True, env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), timeout=250)
     for folder, answers in expected.items():
         again = load_file(folder / "answers.safetensors")
         assert again.keys() == answers.keys()

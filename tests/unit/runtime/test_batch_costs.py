@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onecard.runtime.cost import Costs
@@ -78,6 +78,7 @@ def test_memory_is_bounded():
     assert not costs.has_lengths((1, 2))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may stall
 @given(st.dictionaries(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.floats(0, 10), max_size=12), st.data())
 def test_any_prediction_is_above_zero_and_finite(measured, data):
     costs = Costs(("B", "S"), "B", [({"B": b, "S": s}, seconds) for (b, s), seconds in measured.items()])

@@ -29,6 +29,31 @@ def slow(size: Bucket) -> float:
     return 2e-3 + 2e-5 * size["B"]
 
 
+class OwnTime:
+    """Stands in for the module ``time``: a clock of each thread's own, which goes on only while that thread sleeps.
+
+    So a batch takes just as long as its model says, however busy the machine is.
+    """
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+
+    def sleep(self, seconds: float) -> None:
+        self._own.now = self.perf_counter() + seconds
+
+    def perf_counter(self) -> float:
+        return getattr(self._own, "now", 1.0)
+
+    monotonic = staticmethod(time.monotonic)
+
+
+@pytest.fixture
+def exact(monkeypatch) -> None:
+    own = OwnTime()
+    monkeypatch.setattr("onecard.runtime.curve.time", own)
+    monkeypatch.setattr("onecard.runtime.null.time", own)
+
+
 def measure(models: list[NullModel], batches: tuple[int, ...], point_s: float = 0.1, **more) -> list[LoadPoint]:
     places = [LanePlace(model, open_stage(model, EngineOptions())) for model in models]
     try:
@@ -59,24 +84,51 @@ def test_a_batch_out_of_range(rows):
         batches_of(NullModel(spec()), (rows,))
 
 
-def test_larger_batches_give_more_and_take_longer():
+def test_larger_batches_give_more_and_take_longer(exact):
     points = measure([NullModel(spec(), delay_s=slow)], (32, 1, 8))
     assert [(p.batch, p.lanes, p.failed) for p in points] == [(1, 1, ""), (8, 1, ""), (32, 1, "")]
     rates = [p.rows_per_s for p in points]
     assert rates == sorted(rates)
     for point in points:
+        takes_ms = 1e3 * slow({"B": point.batch})
+        assert (point.p50_ms, point.p99_ms) == pytest.approx((takes_ms, takes_ms))
+        assert point.rows_per_s == pytest.approx(1e3 * point.batch / takes_ms)
+        assert point.batches >= 3 * int(0.1 / 3 / slow({"B": point.batch})), "three rounds of a third of the time each"
+
+
+def test_no_batch_is_measured_to_be_quicker_than_it_was():
+    for point in measure([NullModel(spec(), delay_s=slow)], (1, 32)):
         least_ms = 1e3 * slow({"B": point.batch})
         assert least_ms <= point.p50_ms <= point.p99_ms
         assert point.rows_per_s <= 1e3 * point.batch / least_ms
         assert point.batches >= 6
 
 
-def test_lanes_run_side_by_side():
+def test_what_lanes_give_is_added_up(exact):
     (one,) = measure([NullModel(spec(), delay_s=0.01)], (4,), 0.15)
     (two,) = measure([NullModel(spec(), delay_s=0.01), NullModel(spec(), delay_s=0.01)], (4,), 0.15)
-    assert two.lanes == 2
-    assert two.rows_per_s > 1.3 * one.rows_per_s
-    assert two.service_ms < 1.7 * one.service_ms
+    assert (one.lanes, two.lanes) == (1, 2)
+    assert one.rows_per_s == pytest.approx(400)
+    assert two.rows_per_s == pytest.approx(800)
+    assert two.service_ms == pytest.approx(one.service_ms)
+
+
+def test_lanes_run_side_by_side():
+    """The first two batches of each lane wait for those of the other: one after the other, they would wait in vain."""
+    both = threading.Barrier(2)
+
+    def meeting():
+        left = iter(range(2))
+
+        def compute(inputs):
+            if next(left, None) is not None:
+                both.wait(30)
+            return {"y": torch.zeros(len(inputs["x"]), 2)}
+
+        return compute
+
+    (point,) = measure([NullModel(spec(), compute=meeting(), delay_s=1e-3) for _ in range(2)], (4,), 0.02)
+    assert (point.lanes, point.failed) == (2, "")
 
 
 class Picky(NullModel):

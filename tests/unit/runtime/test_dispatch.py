@@ -16,7 +16,7 @@ from onecard.runtime.work import Work
 from tests.unit.runtime.null_specs import ROWS
 
 
-def dispatch(lanes: int = 2, seconds: float = 10.0) -> Dispatch:
+def dispatch(lanes: int = 2, seconds: float = 100.0) -> Dispatch:
     measured = [({"B": 1}, seconds), ({"B": 4}, seconds)]
     return Dispatch(NullModel(ROWS, (1, 4)), BatchPolicy(), Costs(("B",), "B", measured), lanes)
 
@@ -30,7 +30,7 @@ def work(rows: int, within_s: float = math.inf, **more) -> Work:
 
 def test_a_busy_lane_gives_nothing_up_that_another_has_time_for():
     queue = dispatch()
-    dated = work(5, within_s=15.0)
+    dated = work(5, within_s=150.0)
     queue.put(dated)
     queue.put(work(4, priority=-1))
     first = queue.take(0)

@@ -82,7 +82,8 @@ def test_closing_with_batches_under_way():
     held.clear(), entered.clear()
     answers = [engine.submit({"x": rows_of(tag, 30)}) for tag in range(8)]
     assert entered.wait(30)
-    threading.Timer(0.1, held.set).start()
+    for answer in answers:  # the first that fails lets on those under way, and none of them earlier
+        answer.add_done_callback(lambda _: held.set())
     engine.close(drain_s=0.0)
     outcomes = []
     for tag, answer in enumerate(answers):

@@ -96,10 +96,10 @@ def test_a_run_that_cannot_keep_its_limit_is_ended_early():
     with engine(BatchPolicy(max_rows=1), delay_s=5e-3) as opened:  # at most 200 a second
         began = time.monotonic()
         result = run_load(opened, REQUESTS, Load(2000.0, 1, 20_000, seed=1, limit_s=0.02))
-        assert time.monotonic() - began < 5, "of ten seconds of arrivals, and a hundred of work"
+        assert time.monotonic() - began < 50, "of a hundred seconds of work"
         assert result.ended
         assert not result.keeps(0.02)
-        assert len(result.latencies_s) < 2000
+        assert len(result.latencies_s) < 1000, "in ten seconds of arrivals two thousand are answered"
         assert opened.queued == (0, 0, 0), "what waited is taken back"
         again = run_load(opened, REQUESTS, Load(50.0, 1, 20, seed=2))
         assert len(again.latencies_s) == 20, "the engine is ready for the next"
@@ -114,7 +114,7 @@ def test_a_run_without_a_limit_goes_to_the_end():
 
 
 def test_refused_requests_are_late():
-    with engine(BatchPolicy(max_rows=1, queue_items=2), delay_s=5e-3) as opened:
+    with engine(BatchPolicy(max_rows=1, queue_items=2), delay_s=0.02) as opened:
         result = run_load(opened, REQUESTS, Load(2000.0, 1, 100, seed=1))
     assert result.latencies_s.count(math.inf) > 20
     assert "queue_items" in result.error

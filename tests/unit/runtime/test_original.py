@@ -21,7 +21,7 @@ from onecard.verify.compare import Threshold
 from tests.services.running_server import GOLDEN
 from tests.unit.runtime.hastened_originals import hastened
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 VARIANT = "onnxruntime.cpu"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onecard.runtime.rate_search import TOLERANCE, candidates, highest_rate
@@ -59,6 +59,7 @@ def test_points_without_figures_are_not_tried():
     assert tried(100.0, points=[LoadPoint(4, 1, failed="out of memory"), point(1, 1.0)]) == [(1, 0.0)]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may stall
 @given(st.floats(1.0, 1e6), st.floats(0.07, 0.94))
 def test_the_rate_found_is_kept_and_a_tolerance_more_is_not(ceiling, share):
     asked = []

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from onecard.spec import Bucket, parse_spec
 BOUND = 3 * 6 * 5 * 4
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may stall
 @given(st.dictionaries(st.text(min_size=1), st.integers(0, 10_000), min_size=1))
 def test_buffers_lie_behind_each_other_and_aligned(nbytes: dict[str, int]) -> None:
     offsets, total = lay_out(nbytes)
@@ -31,6 +32,7 @@ def test_buffers_lie_behind_each_other_and_aligned(nbytes: dict[str, int]) -> No
     assert max(ends) <= total < sum(nbytes.values()) + ALIGNMENT_BYTES * len(nbytes)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may stall
 @given(
     st.lists(
         st.tuples(

@@ -61,14 +61,13 @@ class Opened:
         self.open -= 1
 
 
-@pytest.mark.timeout(120)
 def test_a_tuning_from_end_to_end():
     def delay(size) -> float:
         return 5e-3 + 1e-4 * size["B"]
 
     opened = Opened(delay_s=delay)
     told: list[TuneProgress] = []
-    options = TuneOptions((0.5, 100.0), (1, 4, 16), (1, 2), point_s=0.1, time_limit_s=16.0)
+    options = TuneOptions((0.5, 100.0), (1, 4, 16), (1, 2), point_s=0.1, time_limit_s=120.0)
     found = tune(opened, options, told.append, "onecard tune x")
     assert opened.count == 2
     assert opened.open == 0
@@ -94,31 +93,32 @@ def test_a_tuning_from_end_to_end():
 
 
 def test_the_time_limit_holds():
+    """A first step at 53 rows a second and its confirmation would last 19 s; the curve may last 7.5 s."""
     began = time.monotonic()
-    options = TuneOptions((50.0,), (1, 2), (1,), point_s=0.2, time_limit_s=1.0)
-    found = tune(Opened(delay_s=0.01), options)
-    assert time.monotonic() - began < 10
+    options = TuneOptions((500.0,), (1, 2), (1,), point_s=0.2, time_limit_s=15.0)
+    found = tune(Opened(delay_s=0.03), options)
+    assert time.monotonic() - began < 15
     assert all(not p.failed for p in found.points)
     assert "--time-limit" in found.settings[0].failed
     assert any("--time-limit" in note for note in found.notes)
 
 
 def test_no_limit_can_be_kept():
-    found = tune(Opened(delay_s=0.15), TuneOptions((), (1, 2), (1,), point_s=0.05, time_limit_s=5.0))
+    found = tune(Opened(delay_s=0.11), TuneOptions((), (1, 2), (1,), point_s=0.05, time_limit_s=60.0))
     assert [s.p99_limit_ms for s in found.settings] == [*DEFAULT_LIMITS_MS]
     assert all(s.failed for s in found.settings)
     assert any("None of the default p99 limits" in note for note in found.notes)
 
 
 def test_a_size_that_does_not_fit_is_a_failed_point():
-    found = tune(lambda: Picky(torch.OutOfMemoryError("no room")), TuneOptions((0.01,), (2, 8), (1,), 1, 0.05, 5.0))
+    found = tune(lambda: Picky(torch.OutOfMemoryError("no room")), TuneOptions((0.01,), (2, 8), (1,), 1, 0.05, 60.0))
     assert [p.failed for p in found.points] == ["", "out of memory"]
     assert found.knee is not None and found.knee.batch == 2
 
 
 def test_a_model_that_never_runs_is_an_error():
     with pytest.raises(EngineError, match="no batch size could be measured: ValueError: broken"):
-        tune(lambda: Picky(ValueError("broken")), TuneOptions((5.0,), (8, 16), (1,), 1, 0.05, 5.0))
+        tune(lambda: Picky(ValueError("broken")), TuneOptions((5.0,), (8, 16), (1,), 1, 0.05, 60.0))
 
 
 @pytest.mark.parametrize("when", ["batch 2", "batch 1", "p99 <= 50 ms"])
@@ -130,7 +130,7 @@ def test_stopping_closes_everything(when):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(opened, TuneOptions((50.0,), (1, 2), (1,), 1, 0.05, 10.0), observe)
+        tune(opened, TuneOptions((50.0,), (1, 2), (1,), 1, 0.05, 60.0), observe)
     assert (opened.count, opened.open) == (1, 0)
 
 
@@ -195,7 +195,7 @@ def test_lengths_are_told():
     given = "ids: int64[B,S] in 0..9, B=1..4, S=1..16"
     plain = spec("x: float32[B,4], B=1..4")
     long = msgspec.structs.replace(spec(given), outputs=plain.outputs)
-    found = tune(lambda: NullModel(long), TuneOptions((0.0001,), (4,), (1,), 1, 0.02, 5.0))
+    found = tune(lambda: NullModel(long), TuneOptions((0.0001,), (4,), (1,), 1, 0.02, 60.0))
     assert found.lengths == {"S": 16}
     assert "S=16" in found.notes[0]
 
@@ -309,7 +309,7 @@ def test_a_limit_missed_for_the_sender_says_so_itself(monkeypatch):
             ]
 
     monkeypatch.setattr("onecard.runtime.tune.SettingSearch", LateSender)
-    found = tune(Opened(), TuneOptions((5.0, 20.0, 50.0), (1,), (1,), point_s=0.05, time_limit_s=5.0))
+    found = tune(Opened(), TuneOptions((5.0, 20.0, 50.0), (1,), (1,), point_s=0.05, time_limit_s=60.0))
     assert found.settings[0].failed.startswith("no rate kept it; the sender of the requests")
     assert [s.failed for s in found.settings[1:]] == ["", "no rate kept it"]
 

@@ -63,7 +63,7 @@ def sent(monkeypatch) -> set[tuple[str, torch.dtype]]:
 
 @pytest.mark.timeout(120)
 def test_the_curve_is_measured_with_raw_inputs_and_the_tuning_says_so(sent):
-    found = tune(model, TuneOptions((0.0001,), (1, 4), (1,), point_s=0.05, time_limit_s=5.0, ingest=FORMS))
+    found = tune(model, TuneOptions((0.0001,), (1, 4), (1,), point_s=0.05, time_limit_s=60.0, ingest=FORMS))
     assert sent == RAW, "no batch is that quick: there was nothing but the curve"
     assert not any(point.failed for point in found.points)
     assert found.ingest == ("image=uint8 NHWC mean=0.5", "ids=int32")

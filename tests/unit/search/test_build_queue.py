@@ -1,6 +1,6 @@
 """The order of builds: side by side, and alone where memory was too little for several."""
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onecard.evidence import Verdict
@@ -42,6 +42,7 @@ def test_what_fails_alone_or_otherwise_is_not_tried_again():
     assert queue.next() is None
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may stall
 @given(st.integers(1, 4), st.lists(st.sampled_from([OK, FULL, BROKEN]), min_size=60, max_size=60), st.randoms())
 def test_every_candidate_ends_once_and_the_last_word_on_memory_is_spoken_alone(width, verdicts, random):
     recipes = [Recipe("eager", transforms=(p,)) for p in ("fp32", "tf32", "fp16", "bf16", "autocast_fp16")]

@@ -112,7 +112,7 @@ subprocess.run([sys.executable, "-c", grandchild], env=environment, check=True)
 def test_workers_and_their_children_write_it_where_the_search_says(package: Path, cache: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPYCACHEPREFIX"}
     environment |= {"PYTHONPATH": str(package.parent.parent), "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([sys.executable, "-c", SEARCH], env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", SEARCH], env=environment, check=True, timeout=200)
     kept = cache / folder_name() / package.parent.relative_to("/")
     assert {path.name.partition(".")[0] for path in kept.iterdir()} == {"__init__", "nn"}
     assert not (package.parent / "__pycache__").exists()

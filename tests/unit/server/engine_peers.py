@@ -31,7 +31,7 @@ from onecard.ipc.segment import Segment
 from onecard.ipc.tensors import MARK_BYTES, Tensor
 
 ROOT = Path(__file__).parents[3]
-PATIENCE_S = 30.0
+PATIENCE_S = 100.0  # an engine's process imports torch first, on a machine that has other things to do
 
 
 class Peer:

@@ -19,6 +19,13 @@ from onecard.server.http_types import HttpLimits, HttpService, Request, Response
 
 LOOPS = ("asyncio", "uvloop")
 QUICK = HttpLimits(head_timeout_s=0.3, body_timeout_s=0.3, idle_timeout_s=0.4, write_timeout_s=0.4, linger_s=0.3)
+PATIENCE_S = 30.0  # a busy machine may stand still for seconds; nothing that happens takes so long
+
+
+def patient(**quick: float) -> HttpLimits:
+    """Limits of time that no test comes to, but for these."""
+    slow = dict.fromkeys(("head_timeout_s", "body_timeout_s", "idle_timeout_s", "write_timeout_s", "linger_s"), 60.0)
+    return HttpLimits(**{**slow, **quick})  # type: ignore[arg-type]
 
 
 def new_loop(kind: str) -> asyncio.AbstractEventLoop:
@@ -42,13 +49,13 @@ class Running:
     def connect(self) -> socket.socket:
         if self.uds is not None:
             peer = socket.socket(socket.AF_UNIX)
-            peer.settimeout(10)
+            peer.settimeout(PATIENCE_S)
             peer.connect(str(self.uds))
             return peer
-        return socket.create_connection(("127.0.0.1", self.server.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.server.port), timeout=PATIENCE_S)
 
     def close(self, drain_s: float = 0.0) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.close(drain_s), self.loop).result(20)
+        asyncio.run_coroutine_threadsafe(self.server.close(drain_s), self.loop).result(60)
 
 
 @contextlib.contextmanager
@@ -61,7 +68,7 @@ def running(
     thread = threading.Thread(target=the_loop.run_forever)
     thread.start()
     try:
-        served = asyncio.run_coroutine_threadsafe(serve_http(service, where, limits), the_loop).result(10)
+        served = asyncio.run_coroutine_threadsafe(serve_http(service, where, limits), the_loop).result(PATIENCE_S)
         running = Running(served, the_loop, where.uds)
         try:
             yield running
@@ -118,11 +125,12 @@ class Reader:
 
 def until(condition: Callable[[], bool]) -> bool:
     """Wait for something that another thread brings about; whether it came."""
-    for _ in range(1000):
-        if condition():
-            return True
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > end:
+            return condition()
         time.sleep(0.01)
-    return condition()
+    return True
 
 
 def ask(server: Running, request: bytes) -> Answer:

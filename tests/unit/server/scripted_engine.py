@@ -219,6 +219,8 @@ class ScriptedEngine:
             time.sleep(600)
         if word == "slow":
             time.sleep(0.5)
+        while word == "waits" and not (Path(load.path) / "open").exists():
+            time.sleep(0.005)
         if word == "broken":
             reason = "it is broken."
             if old is not None:
@@ -274,7 +276,7 @@ def main() -> None:
     parser.add_argument("--never-starts", action="store_true")
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(120)  # whatever becomes of the test
+    signal.alarm(300)  # whatever becomes of the test
     journal = Journal(options.journal)
     journal.write("start", pid=os.getpid())
     if options.never_starts:

@@ -24,7 +24,7 @@ from onecard.server.watching import WatchingPages
 from onecard.server.worker import _Silent
 from tests.unit.server.test_engine_client import SMALL, engines, run
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 TOKEN = b"a token of the test"
 RIGHT = b"Authorization: Bearer " + TOKEN
 MOST = SMALL.request_bytes
@@ -68,9 +68,9 @@ class Front:
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
-    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).decode().split("\r\n")
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)).decode().split("\r\n")
     fields = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
-    body = await asyncio.wait_for(reader.readexactly(int(fields["content-length"])), 10)
+    body = await asyncio.wait_for(reader.readexactly(int(fields["content-length"])), 30)
     del fields["date"]
     return int(head[0].split()[1]), fields, body
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -19,9 +20,9 @@ import pytest
 
 from onecard.errors import EngineError, StorageError
 from onecard.server.open_files import lacks_files
-from tests.unit.server.test_engine_guard import guarded, run, until
+from tests.unit.server.test_engine_guard import QUICK, guarded, run, until
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).parents[3]
 LIMITED = """
 import resource
@@ -94,12 +95,12 @@ def test_a_server_may_open_what_its_connections_need_and_says_that_it_drains(tmp
             assert next(lines) == "ready\n"
             found = re.search(r"Max open files +(\d+) +4096", Path(f"/proc/{process.pid}/limits").read_text())
             assert found is not None and int(found[1]) >= (2 if grpc else 1) * 400 + 64 + 256
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as peer:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as peer:
                 # Once that is answered, nothing of the start is left to be done.
                 peer.sendall(b"GET /v2/onecard/state HTTP/1.1\r\nHost: test\r\n\r\n")
                 assert peer.recv(100).startswith(b"HTTP/1.1 200")
                 process.send_signal(signal.SIGTERM)
-                _, log = process.communicate(timeout=30)
+                _, log = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 0
@@ -127,7 +128,7 @@ def test_a_server_that_starts_without_descriptors_waits_for_them(tmp_path, caplo
                 await until(lambda: "Too many open files" in caplog.text)
                 assert not starting.done()
                 taken.close()
-                await asyncio.wait_for(starting, 30)
+                await asyncio.wait_for(starting, 60)
             assert await peer.answered() is not None
 
     run("asyncio", what)
@@ -135,7 +136,8 @@ def test_a_server_that_starts_without_descriptors_waits_for_them(tmp_path, caplo
 
 def test_an_engine_that_cannot_be_reached_for_want_of_descriptors_has_a_successor(tmp_path):
     async def what() -> None:
-        async with guarded(tmp_path, {"m": "/fine"}) as peer, contextlib.AsyncExitStack() as short:
+        options = dataclasses.replace(QUICK, lost_s=0.2)  # it lives, and has to be killed
+        async with guarded(tmp_path, {"m": "/fine"}, options) as peer, contextlib.AsyncExitStack() as short:
             started, ended = peer.seen.started, peer.seen.ended
 
             def take_all(pid: int) -> None:
@@ -148,7 +150,7 @@ def test_an_engine_that_cannot_be_reached_for_want_of_descriptors_has_a_successo
                 ended(how)
 
             peer.seen.started, peer.seen.ended = take_all, give_back
-            await asyncio.wait_for(peer.guard.start(), 40)
+            await asyncio.wait_for(peer.guard.start(), 60)
             assert len(peer.seen.pids) == 2
             assert "Too many open files" in peer.seen.ends[0]
             assert await peer.answered() is not None

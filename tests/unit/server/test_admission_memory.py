@@ -9,14 +9,13 @@ import os
 import socket
 import struct
 import threading
-import time
 
 import pytest
 
 from onecard.server import http_bodies
 from onecard.server.http_held import Held
 from onecard.server.http_types import HttpError, HttpLimits, HttpService, Response
-from tests.unit.server.http_peers import LOOPS, QUICK, Reader, Running, ask, chunked, echo, post, running, until
+from tests.unit.server.http_peers import LOOPS, Reader, Running, ask, chunked, echo, patient, post, running, until
 
 MOST = 1_000_000
 LIMITS = HttpLimits(max_body_bytes=900_000, max_held_bytes=MOST)
@@ -25,7 +24,7 @@ FULL = {"error": "too many requests are held in memory; come back later."}
 NOISE = os.urandom(600_000)
 CHUNKS = b"POST /c HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 def held(server: Running) -> int:
@@ -144,11 +143,22 @@ def test_every_end_of_a_request(name):
                 assert nothing_held(server), "though the connection may go on"
 
 
-def test_bodies_that_are_too_slow():
-    with running(echo, QUICK) as server:
+def test_bodies_that_are_too_slow(monkeypatch):
+    taken: list[int] = []
+    take = Held.take
+
+    def noted(self, nbytes):
+        taken.append(nbytes)
+        take(self, nbytes)
+
+    monkeypatch.setattr(Held, "take", noted)
+    with running(echo, patient(body_timeout_s=0.3)) as server:
         for head, body in ((CHUNKS, in_chunks(NOISE[:1000])), (compressed(2000), NOISE[:1000])):
-            with begun(server, head, body) as peer:
+            taken.clear()
+            with server.connect() as peer:
+                peer.sendall(head + body)
                 assert Reader(peer).answer().status == 408
+                assert sum(taken) > len(body) - 100
                 assert nothing_held(server)
 
 
@@ -166,7 +176,7 @@ def test_a_thread_that_still_decompresses_keeps_its_bytes(monkeypatch):
 
     def slow(*arguments):
         at_it.set()
-        go.wait(20)
+        go.wait(60)
         return decompress(*arguments)
 
     monkeypatch.setattr(http_bodies, "decompress", slow)
@@ -174,7 +184,7 @@ def test_a_thread_that_still_decompresses_keeps_its_bytes(monkeypatch):
     with running(echo, LIMITS) as server:
         peer = server.connect()
         peer.sendall(post(packed, "/z", GZIP))
-        assert at_it.wait(10)
+        assert at_it.wait(30)
         peer.close()
         assert until(lambda: not server.server.connections)
         assert held(server) == len(packed), "the client is gone, what it sent is not"
@@ -183,16 +193,19 @@ def test_a_thread_that_still_decompresses_keeps_its_bytes(monkeypatch):
 
 
 def test_compressed_requests_that_wait_for_their_answers_hold_nothing():
+    begun, release = threading.Event(), threading.Event()
+
     async def wait(request):
-        await asyncio.sleep(0.5)
+        begun.set()
+        while not release.is_set():
+            await asyncio.sleep(0.005)
         return Response(200, (), [request.body])
 
     with running(wait, LIMITS) as server, server.connect() as peer:
         peer.sendall(post(gzip.compress(b"plain"), "/z", GZIP))
-        until(lambda: held(server) > 0)
-        began = time.monotonic()
+        assert begun.wait(30)
         assert nothing_held(server)
-        assert time.monotonic() - began < 0.4
+        release.set()
         assert Reader(peer).answer().body == b"plain"
 
 

@@ -36,8 +36,8 @@ from onecard.server.http_types import HttpError
 from tests.unit.server.http_peers import LOOPS, new_loop
 from tests.unit.server.scripted_engine import Journal
 
-pytestmark = pytest.mark.timeout(60)
-SMALL = ClientOptions(request_bytes=1 << 20, answer_bytes=1 << 20, welcome_s=20.0)
+pytestmark = pytest.mark.timeout(180)
+SMALL = ClientOptions(request_bytes=1 << 20, answer_bytes=1 << 20, welcome_s=60.0)
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 ENGINE = [sys.executable, "-m", "tests.unit.server.scripted_engine"]
 
@@ -67,11 +67,11 @@ class Engines:
             await self.load()
 
     async def load(self, path: str = "/fine", name: str = "m") -> None:
-        await asyncio.wait_for(self.client.load(name, Path(path), ModelOptions()), 10)
+        await asyncio.wait_for(self.client.load(name, Path(path), ModelOptions()), 30)
 
     async def end(self) -> str:
         """Wait for the engine's death, and tell the client."""
-        how = await asyncio.wait_for(self.child.ended, 10)
+        how = await asyncio.wait_for(self.child.ended, 30)
         self.client.disconnect()
         return how
 
@@ -125,15 +125,20 @@ def on_loop(kind, tmp_path):
     return runner
 
 
-def within(future: Awaitable, seconds: float = 10.0) -> Awaitable:
+def within(future: Awaitable, seconds: float = 30.0) -> Awaitable:
     return asyncio.wait_for(future, seconds)
 
 
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to be"
         await asyncio.sleep(0.01)
+
+
+def state_of(pid: int) -> str:
+    """One letter: R for a process that runs, S for one that sleeps, T for one that is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def in_body(peer: Engines, x: np.ndarray, lead: int = 0) -> np.ndarray:
@@ -432,8 +437,10 @@ def test_cancelling_tells_the_engine_and_keeps_the_memory_until_then(on_loop):
 
 def test_a_timeout_of_the_caller_cancels(on_loop):
     async def what(peer):
+        asked = peer.infer("run")
+        await until(lambda: peer.journal.read("infer"))
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(peer.infer("run"), 0.2)
+            await asyncio.wait_for(asked, 0.2)
         await until(lambda: peer.journal.read("cancel"))
 
     on_loop(what)
@@ -442,7 +449,7 @@ def test_a_timeout_of_the_caller_cancels(on_loop):
 def test_what_cannot_be_sent_at_once_is_sent_later_and_what_is_of_no_use_never(on_loop):
     async def what(peer):
         os.kill(peer.child.pid, signal.SIGSTOP)
-        await asyncio.sleep(0.05)
+        await until(lambda: state_of(peer.child.pid) == "T")
         x = np.zeros((1, 4), np.float32)
         futures = [peer.infer(f"answer 99 {'-' * 4000}", x=x) for _ in range(900)]  # more than the socket takes
         await asyncio.sleep(0.05)
@@ -457,7 +464,7 @@ def test_what_cannot_be_sent_at_once_is_sent_later_and_what_is_of_no_use_never(o
         assert peer.client.used_bytes == used - 2 * 4096
         os.kill(peer.child.pid, signal.SIGCONT)
         rest = [future for future in futures if not future.cancelled()]
-        await within(asyncio.gather(*rest), 30)
+        await within(asyncio.gather(*rest), 60)
         assert len(peer.journal.read("infer")) == 898
         assert peer.journal.read("cancel") == []
 
@@ -466,7 +473,7 @@ def test_what_cannot_be_sent_at_once_is_sent_later_and_what_is_of_no_use_never(o
 
 def test_death_while_waiting(on_loop):
     async def what(peer):
-        futures = [peer.infer("wait 1", X + n, timeout_s=60.0) for n in range(3)]
+        futures = [peer.infer("wait 1", X + n, timeout_s=300.0) for n in range(3)]
         killer = peer.infer("die-waiting 1")
         assert await peer.end() == "killed by SIGKILL (signal 9)"
         assert peer.lost == ["it closed the connection"]
@@ -479,7 +486,7 @@ def test_death_while_waiting(on_loop):
         again = [line for line in peer.journal.read("infer") if line["life"] == 2]
         assert [line["alone"] for line in again] == [False] * 4
         assert [line["marked"] for line in again] == [0] * 4
-        assert all(40 < line["deadline"] - time.monotonic() < 60 for line in again[:3])
+        assert all(200 < line["deadline"] - time.monotonic() < 300 for line in again[:3])
         ids = [line["id"] for line in peer.journal.read("infer")]
         assert len(set(ids)) == len(ids) == 8
 
@@ -618,7 +625,7 @@ def test_deadlines_pass_in_an_outage(on_loop):
         after, none = peer.infer(timeout_s=0.3), peer.infer()
         with pytest.raises(DeadlineError, match="deadline"):
             await within(after)
-        assert 0.25 < time.monotonic() - began < 1.0
+        assert 0.25 < time.monotonic() - began < 10
         with pytest.raises(DeadlineError):
             await within(before)
         assert peer.client.waiting == 1
@@ -736,6 +743,7 @@ def test_an_engine_that_does_not_welcome(kind, tmp_path):
                     pass
             with pytest.raises(ConnectionError):
                 await peer.client.connect(path)
+            peer.client._options = SMALL  # this one gets the time that it needs
             await peer.start()
             await within(peer.infer())
 
@@ -768,7 +776,7 @@ def test_connecting_again_without_a_word_before(on_loop):
 def test_closing_ends_what_is_left(on_loop):
     async def what(peer):
         sent = peer.infer("run")
-        call = asyncio.ensure_future(peer.load("/slow"))
+        call = asyncio.ensure_future(peer.load("/hangs"))
         await until(lambda: peer.journal.read("infer"))
         await peer.client.close()
         with pytest.raises(EngineClosedError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,10 @@ from onecard.server.engine_guard import EngineGuard, GuardOptions, sweep
 from tests.unit.server.http_peers import LOOPS, new_loop
 from tests.unit.server.scripted_engine import Journal
 
-pytestmark = pytest.mark.timeout(60)
-SMALL = ClientOptions(request_bytes=1 << 20, answer_bytes=1 << 20, welcome_s=20.0)
-QUICK = GuardOptions(ping_s=0.05, hang_s=1.0, hang_loading_s=20.0, hang_batch_s=5.0, first_backoff_s=0.1,
-                     most_backoff_s=0.4, end_s=1.0, lost_s=0.2)  # fmt: skip
+pytestmark = pytest.mark.timeout(180)
+SMALL = ClientOptions(request_bytes=1 << 20, answer_bytes=1 << 20, welcome_s=60.0)
+QUICK = GuardOptions(ping_s=0.05, hang_s=60.0, hang_loading_s=60.0, hang_batch_s=60.0, first_backoff_s=0.1,
+                     most_backoff_s=0.4, end_s=10.0, lost_s=10.0)  # fmt: skip
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 ENGINE = [sys.executable, "-m", "tests.unit.server.scripted_engine", "--journal"]
 
@@ -56,12 +57,31 @@ class Guarded:
         command = [*ENGINE, str(self.journal.path), *arguments]
         self.guard = EngineGuard(command, client, desired, options, self.seen)
 
+    @contextlib.contextmanager
+    def hasty(self, **limits: float) -> Iterator[None]:
+        """Short limits for a while, and at most for one engine: a busy machine keeps the next one waiting, too."""
+        guard, ended = self.guard, self.seen.ended
+        before = guard._options
+
+        def put_back(how: str) -> None:
+            guard._options, self.seen.ended = before, ended
+            ended(how)
+
+        guard._options, self.seen.ended = dataclasses.replace(before, **limits), put_back
+        try:
+            yield
+        finally:
+            guard._options, self.seen.ended = before, ended
+
     def infer(self, client: str = "", x: np.ndarray = X, model: str = "m", **more) -> asyncio.Future:
         return self.client.infer(model, {"x": x}, {}, client=client, **more)
 
     async def answered(self, *arguments, **more) -> str:
         """An answer's version, which is the engine's life."""
-        answer = await asyncio.wait_for(self.infer(*arguments, **more), 20)
+        return await self.version(self.infer(*arguments, **more))
+
+    async def version(self, asked: asyncio.Future) -> str:
+        answer = await asyncio.wait_for(asked, 60)
         np.testing.assert_array_equal(answer.outputs["y"], X * 3 + 7)
         return answer.version
 
@@ -112,7 +132,7 @@ def on_loop(kind, tmp_path):
     return runner
 
 
-async def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to be"
@@ -140,14 +160,14 @@ def test_death_loses_nothing(on_loop, caplog):
     async def what(peer):
         waiting = [peer.infer("wait 1") for _ in range(3)]
         killer = peer.infer("die-running 1")
-        answers = await asyncio.wait_for(asyncio.gather(*waiting, killer), 20)
+        answers = await asyncio.wait_for(asyncio.gather(*waiting, killer), 60)
         assert {answer.version for answer in answers} == {"2"}
         assert peer.loads(2) == [("m", "/fine", "1")]
         assert peer.seen.ends == ["killed by SIGKILL (signal 9)"]
         assert peer.guard.restarts == 1
         await until(lambda: peer.seen.recoveries)
         assert peer.seen.recoveries == [peer.guard.last_recovery_s] == [peer.client.restart_s]
-        assert peer.guard.last_recovery_s < 10
+        assert peer.guard.last_recovery_s < 30
         assert len(set(peer.seen.pids)) == 2
 
     on_loop(what)
@@ -167,8 +187,8 @@ def test_poison_is_refused_and_the_others_are_answered(on_loop):
     async def what(peer):
         others = [peer.infer("wait 3") for _ in range(4)]
         with pytest.raises(EngineError, match="each of the 3 times"):
-            await asyncio.wait_for(peer.infer("die-running 99"), 30)
-        await asyncio.wait_for(asyncio.gather(*others), 30)
+            await asyncio.wait_for(peer.infer("die-running 99"), 60)
+        await asyncio.wait_for(asyncio.gather(*others), 60)
         assert peer.guard.restarts == 3
         poison = [line["alone"] for line in peer.journal.read("infer") if line["client"] == "die-running 99"]
         assert poison == [False, True, True]
@@ -178,9 +198,12 @@ def test_poison_is_refused_and_the_others_are_answered(on_loop):
 
 def test_a_stopped_engine_is_killed(on_loop):
     async def what(peer):
-        began = time.monotonic()
-        assert await peer.answered("stop-itself 1") == "2"
-        assert time.monotonic() - began > 0.9
+        await peer.answered()
+        began, stopped = time.monotonic(), peer.infer("stop-itself 1")
+        await until(lambda: len(peer.journal.read("infer")) == 2)
+        with peer.hasty(hang_s=1.0):
+            assert await peer.version(stopped) == "2"
+        assert time.monotonic() - began > 0.8  # its last sign of life may be a little older
         assert peer.seen.ends[0].startswith("killed, it did not answer for 1")
 
     on_loop(what)
@@ -188,7 +211,10 @@ def test_a_stopped_engine_is_killed(on_loop):
 
 def test_an_engine_that_hangs_is_killed_and_the_hanging_request_is_run_alone(on_loop):
     async def what(peer):
-        assert await peer.answered("hang-running 1") == "2"
+        hanging = peer.infer("hang-running 1")
+        await until(lambda: peer.journal.read("infer"))
+        with peer.hasty(hang_s=1.0):
+            assert await peer.version(hanging) == "2"
         assert peer.journal.read("infer")[-1]["alone"]
 
     on_loop(what)
@@ -202,23 +228,37 @@ def test_a_batch_that_does_not_end(on_loop):
     on_loop(what)
 
 
-def test_a_model_that_opens_slowly_is_no_hang(on_loop):
+def test_a_model_that_opens_slowly_is_no_hang(on_loop, tmp_path):
+    gate = tmp_path / "waits"
+    gate.mkdir()
+
+    async def wait_long(peer, opening, loads):
+        await until(lambda: len(peer.journal.read("load")) == loads)
+        with peer.hasty(hang_s=0.2):
+            await asyncio.sleep(0.5)
+        assert peer.seen.ends == [] and not opening.done()
+        (gate / "open").touch()
+        await opening
+
     async def what(peer):
-        await peer.client.load("m", Path("/slow"), ModelOptions())
+        await wait_long(peer, asyncio.ensure_future(peer.guard.start()), 1)
+        (gate / "open").unlink()
+        await wait_long(peer, asyncio.ensure_future(peer.client.load("m", gate, ModelOptions())), 2)
         assert await peer.answered() == "1"
 
-    options = GuardOptions(ping_s=0.05, hang_s=0.2, end_s=1.0)
-    on_loop(what, {"m": "/slow"}, options=options)
+    on_loop(what, {"m": str(gate)}, start=False)
 
 
 def test_a_load_that_hangs_is_killed_in_the_end(on_loop):
     async def what(peer):
-        with pytest.raises(EngineError, match="the engine is gone"):
-            await asyncio.wait_for(peer.client.load("m", Path("/hangs"), ModelOptions()), 20)
+        opening = asyncio.ensure_future(peer.client.load("m", Path("/hangs"), ModelOptions()))
+        await until(lambda: len(peer.journal.read("load")) == 2)
+        with peer.hasty(hang_loading_s=1.0), pytest.raises(EngineError, match="the engine is gone"):
+            await asyncio.wait_for(opening, 30)
         assert await peer.answered() == "2"
         assert peer.loads(2) == [("m", "/fine", "1")]
 
-    on_loop(what, options=GuardOptions(ping_s=0.05, hang_s=0.2, hang_loading_s=1.0, end_s=1.0))
+    on_loop(what)
 
 
 @pytest.mark.parametrize("word", ["garbage", "bad-offset"])
@@ -234,9 +274,10 @@ def test_a_pause_of_our_own_is_not_the_engines_silence(on_loop):
     async def what(peer):
         await peer.answered()
         os.kill(peer.guard.pid, signal.SIGSTOP)
-        await asyncio.sleep(0.2)
-        time.sleep(2.5)  # the loop stands still
-        await asyncio.sleep(0.06)
+        with peer.hasty(hang_s=1.0):
+            await asyncio.sleep(0.2)
+            time.sleep(2.5)  # the loop stands still
+            await asyncio.sleep(0.06)
         os.kill(peer.guard.pid, signal.SIGCONT)
         assert (await peer.answered(), peer.guard.restarts) == ("1", 0)
 
@@ -265,7 +306,7 @@ def test_a_new_version_that_kills_the_engine_leaves_the_old_one(on_loop, word):
         waiting = peer.infer("wait 1")
         with pytest.raises(EngineError, match="the engine is gone"):
             await peer.client.load("m", Path(f"/{word}"), ModelOptions())
-        assert (await asyncio.wait_for(waiting, 20)).version == "2"
+        assert (await asyncio.wait_for(waiting, 60)).version == "2"
         assert peer.loads(2) == [("m", "/fine", "1")]
         assert peer.client.models["m"].path == "/fine"
 
@@ -278,8 +319,8 @@ def test_a_model_that_cannot_be_opened_again(on_loop):
         await until(lambda: len(peer.journal.read("infer")) == 2)
         os.kill(peer.guard.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="it is broken"):
-            await asyncio.wait_for(lost, 20)
-        assert (await asyncio.wait_for(kept, 20)).version == "2"
+            await asyncio.wait_for(lost, 60)
+        assert (await asyncio.wait_for(kept, 60)).version == "2"
         assert peer.client.models["m"].state == "UNAVAILABLE"
         await peer.client.load("m", Path("/fine"), ModelOptions())
         await peer.answered()
@@ -293,35 +334,40 @@ def test_a_model_that_kills_each_engine_is_left_out(on_loop, caplog):
         await until(lambda: len(peer.journal.read("infer")) == 2)
         os.kill(peer.guard.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="2 engines in a row died while they opened it"):
-            await asyncio.wait_for(lost, 20)
+            await asyncio.wait_for(lost, 60)
         await until(lambda: peer.journal.read("infer")[-1]["life"] == 4)
         kept.cancel()
         assert peer.guard.restarts == 3
 
-    options = GuardOptions(ping_s=0.05, first_backoff_s=0.01, max_load_deaths=2, end_s=1.0, lost_s=0.2)
+    options = GuardOptions(ping_s=0.05, first_backoff_s=0.01, max_load_deaths=2)
     on_loop(what, {"m": "/kills 2", "n": "/fine"}, options=options)
     assert "model 'm' cannot be opened again" in caplog.text
 
 
 def test_backoff(on_loop):
     async def what(peer):
-        times = []
+        told, took = [], []
+        backoff_s = peer.guard._backoff_s
+
+        def tell() -> float:
+            told.append(backoff_s())
+            return told[-1]
+
+        peer.guard._backoff_s = tell
         for life in range(2, 7):
             os.kill(peer.guard.pid, signal.SIGKILL)
             began = time.monotonic()
             await until(lambda life=life: len(peer.seen.pids) == life)
-            times.append(time.monotonic() - began)
+            took.append(time.monotonic() - began)
             await until(lambda life=life: peer.client.connected and peer.guard.restarts == life - 1)
-        assert times[0] < 0.3
-        for waited_s, expected_s in zip(times[1:], (0.3, 0.6, 0.8, 0.8), strict=True):
-            assert expected_s <= waited_s < expected_s + 0.5
+        assert told == [0.0, 0.3, 0.6, 0.8, 0.8]
+        assert all(took_s >= told_s for took_s, told_s in zip(took, told, strict=True))
         assert await peer.answered() == "6"
         os.kill(peer.guard.pid, signal.SIGKILL)
-        began = time.monotonic()
         await until(lambda: len(peer.seen.pids) == 7)
-        assert time.monotonic() - began < 0.3, "one that answered starts the count anew"
+        assert told[5:] == [0.0], "one that answered starts the count anew"
 
-    on_loop(what, options=GuardOptions(first_backoff_s=0.3, most_backoff_s=0.8, end_s=1.0))
+    on_loop(what, options=GuardOptions(first_backoff_s=0.3, most_backoff_s=0.8))
 
 
 def test_the_first_start_fails_with_its_model(on_loop):
@@ -367,7 +413,7 @@ def test_stop_kills_what_does_not_end(on_loop):
     async def what(peer):
         began = time.monotonic()
         await peer.guard.stop(0.1)
-        assert 1.5 < time.monotonic() - began < 6
+        assert 1.5 < time.monotonic() - began < 30  # by itself it ends after 60 s
         assert peer.guard.pid is None
 
     on_loop(what, arguments=("--deaf-to-quit",), options=GuardOptions(end_s=0.8))
@@ -390,6 +436,25 @@ def test_stop_while_the_next_engine_is_awaited(on_loop):
     on_loop(what, options=GuardOptions(first_backoff_s=30.0))
 
 
+@pytest.mark.parametrize("path", ["/broken", "/kills", "/fine"])
+def test_an_end_is_told_once(on_loop, caplog, path):
+    caplog.set_level(logging.INFO, "onecard")
+    pids: list[int] = []
+
+    async def what(peer):
+        with contextlib.suppress(BundleError, EngineError):
+            await peer.guard.start()
+        if path == "/fine":  # it dies before it is told to end
+            os.kill(peer.guard.pid, signal.SIGKILL)
+            await until(lambda: peer.seen.ends)
+        await peer.guard.stop(0.0)  # and once more when the test's server is closed
+        pids.extend(peer.seen.pids)
+
+    on_loop(what, {"m": path}, start=False, options=GuardOptions(first_backoff_s=30.0, end_s=1.0, lost_s=0.2))
+    for pid in pids:
+        assert caplog.text.count(f"the engine's process {pid} ended") == 1
+
+
 def test_steady_load_over_several_deaths(on_loop):
     async def what(peer):
         answered = 0
@@ -399,7 +464,7 @@ def test_steady_load_over_several_deaths(on_loop):
             nonlocal answered
             while alive:
                 x = np.full((1, 4), number, np.float32)
-                answer = await asyncio.wait_for(peer.client.infer("m", {"x": x}, {}, timeout_s=30.0), 30)
+                answer = await asyncio.wait_for(peer.client.infer("m", {"x": x}, {}, timeout_s=60.0), 60)
                 assert (answer.outputs["y"] == number * 3 + 7).all()
                 answered += 1
 
@@ -425,14 +490,14 @@ def test_how_a_process_ended_in_words():
 def test_a_child_that_died_of_itself_was_not_killed_by_us(kind):
     async def whole():
         child = EngineChild([sys.executable, "-c", "import os; os.write(1, b'said'); raise SystemExit(5)"])
-        assert await asyncio.wait_for(child.ended, 20) == "exit status 5"
+        assert await asyncio.wait_for(child.ended, 60) == "exit status 5"
         child.kill("too late")
         child.terminate()
         stopped = EngineChild(["sleep", "60"])
         os.kill(stopped.pid, signal.SIGSTOP)
         stopped.kill("it stands still")
         stopped.kill("twice")
-        assert await asyncio.wait_for(stopped.ended, 20) == "killed, it stands still"
+        assert await asyncio.wait_for(stopped.ended, 40) == "killed, it stands still"
 
     run(kind, whole)
 

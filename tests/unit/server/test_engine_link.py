@@ -28,7 +28,7 @@ class Engine:
     def accept(self) -> None:
         self.socket = packets.accept(self._listener)
         packets.receive(self.socket, 2)  # the Hello
-        self.socket.settimeout(10)
+        self.socket.settimeout(30)
 
     async def packet(self) -> list[object]:
         """The messages of the next packet."""
@@ -42,7 +42,7 @@ class Engine:
         except BlockingIOError:
             return True
         finally:
-            self.socket.settimeout(10)
+            self.socket.settimeout(30)
         return False
 
     def answer(self, id: int, total_s: float) -> None:
@@ -88,7 +88,7 @@ def run(request, tmp_path):
 
         loop = new_loop(kind)
         try:
-            loop.run_until_complete(asyncio.wait_for(main(), 30))
+            loop.run_until_complete(asyncio.wait_for(main(), 60))
         finally:
             loop.close()
 
@@ -124,7 +124,7 @@ def test_a_slow_engine_is_sent_each_request_at_once(run):
 
 
 def test_beside_a_quick_engine_what_comes_meanwhile_goes_after_its_next_answer(run, monkeypatch):
-    monkeypatch.setattr(engine_link, "_GATHER_S", 0.3)  # a busy machine takes its time over six rounds of the loop
+    monkeypatch.setattr(engine_link, "_GATHER_S", 60.0)  # a busy machine takes its time over six rounds of the loop
 
     async def test(engine, link, request, heard_of):
         for id in range(1, 40):  # until it is known to be quick
@@ -141,6 +141,7 @@ def test_beside_a_quick_engine_what_comes_meanwhile_goes_after_its_next_answer(r
         assert engine.is_quiet()
         engine.answer(40, 0.0001)
         assert ids(await engine.packet()) == [41, 42]
+        monkeypatch.setattr(engine_link, "_GATHER_S", 0.1)
         link.send(request(43))
         assert ids(await engine.packet()) == [43], "without an answer it goes a moment later"
 

@@ -46,7 +46,7 @@ def parts():
 
 
 def wait_for(sent: list[bytes]) -> Refused:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not sent:
         assert time.monotonic() < end
         time.sleep(0.002)

@@ -31,7 +31,7 @@ from tests.unit.server.engine_peers import Peer
 from tests.unit.server.null_engine import spec_of
 
 pytestmark = [
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(sys.platform != "linux", reason="shared memory and packets between processes need Linux"),
 ]
 PATIENCE_S = 100.0
@@ -56,7 +56,7 @@ def models_of(open_model: OpenModel, options: ModelOptions, path: Path | None = 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OnecardWarning)  # an engine may be missing here: the next variant serves
         models.load(Load(1, "m", str(path or golden_of_here()), options), lambda done: loaded.set())
-        assert loaded.wait(60)
+        assert loaded.wait(PATIENCE_S)
     try:
         yield models
     finally:
@@ -78,7 +78,7 @@ def front_of(models: EngineModels, place: Path):
         accepting.join()
         yield peer
         peer.close()
-        assert gone.wait(30)
+        assert gone.wait(PATIENCE_S)
 
 
 def ask(peer: Peer, number: int) -> Answered:

@@ -18,7 +18,7 @@ from tests.unit.server.grpc_faces import echo_face, serving
 
 client = pytest.importorskip("tritonclient.grpc", reason="needs tritonclient and grpcio")
 grpc = pytest.importorskip("grpc")
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RESET, SETTINGS, PING = 0, 1, 3, 4, 6
@@ -40,12 +40,12 @@ def calling(running, options=()):
 
 def is_well(running):
     with calling(running) as call:
-        return call(a_request(), timeout=10).endswith(np.full(3, 2, "f4").tobytes())
+        return call(a_request(), timeout=60).endswith(np.full(3, 2, "f4").tobytes())
 
 
 def code_of(call, *arguments, **options):
     with pytest.raises(grpc.RpcError) as refused:
-        call(*arguments, timeout=20, **options)
+        call(*arguments, timeout=60, **options)
     return refused.value.code().name, refused.value.details()
 
 
@@ -63,14 +63,16 @@ def headers(path=INFER):
     )
 
 
-def talk(running, data, wait_s=5.0):
-    """What the server sends back until it closes the connection or the time is over."""
+def talk(running, data, wait_s=30.0, wanted=None):
+    """What the server sends back until it closes the connection, the time is over, or it has sent what is wanted."""
     with socket.create_connection(("127.0.0.1", running.server.port), wait_s) as peer:
         found = b""
         with contextlib.suppress(OSError):
             peer.sendall(data)
             while piece := peer.recv(65536):
                 found += piece
+                if wanted is not None and wanted in found:
+                    break
         return found
 
 
@@ -107,7 +109,7 @@ def test_a_message_of_very_many_fields_costs_no_time():
             began = time.monotonic()
             code, text = code_of(call, data)
             assert (code, "more than 10000 fields" in text) == ("INVALID_ARGUMENT", True)
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 20  # of the 60 that the call has
         code, text = code_of(call, b"\x1b\x1c" + b"\x2a\x00" * (10 << 20))
         assert (code, "cannot be read" in text) == ("INVALID_ARGUMENT", True)
         assert is_well(running)
@@ -123,13 +125,14 @@ def test_metadata_that_are_too_large():
 def test_too_many_at_once():
     face = echo_face()
     with serving(face, max_rpcs=3) as running, calling(running) as call:
-        face.delay_s = 1.0
+        face.hold = threading.Event()
         waiting = [call.future(a_request()) for _ in range(3)]
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while len(face.asked) < 3 and time.monotonic() < end:
             time.sleep(0.005)
         code, text = code_of(call, a_request())
         assert (code, "3 RPCs are open" in text) == ("RESOURCE_EXHAUSTED", True)
+        face.hold.set()
         assert all(each.result() for each in waiting)
         assert running.is_idle()
         assert is_well(running)
@@ -137,15 +140,17 @@ def test_too_many_at_once():
 
 def test_a_connection_is_told_how_many_rpcs_it_may_have_open():
     with serving(echo_face(), max_rpcs_per_connection=2) as running:
-        found = talk(running, PREFACE + frame(SETTINGS), 0.5)
-        assert struct.pack(">HI", 3, 2) in found  # SETTINGS_MAX_CONCURRENT_STREAMS
+        told = struct.pack(">HI", 3, 2)  # SETTINGS_MAX_CONCURRENT_STREAMS
+        assert told in talk(running, PREFACE + frame(SETTINGS), wanted=told)
         begun = b"".join(frame(HEADERS, 4, 2 * i + 1, headers()) for i in range(100))
-        most = 0
-        talking = threading.Thread(target=talk, args=(running, PREFACE + frame(SETTINGS) + begun, 1.0))
-        talking.start()
-        while talking.is_alive():
-            most = max(most, running.server.open_rpcs)
-            time.sleep(0.01)
+        most, until = 0, time.monotonic() + 30
+        with socket.create_connection(("127.0.0.1", running.server.port), 30) as peer:
+            peer.sendall(PREFACE + frame(SETTINGS) + begun)
+            while time.monotonic() < until:
+                if not most and running.server.open_rpcs:
+                    until = time.monotonic() + 1.0
+                most = max(most, running.server.open_rpcs)
+                time.sleep(0.01)
         assert 1 <= most < 10
         assert is_well(running)
 
@@ -154,18 +159,22 @@ def test_a_request_that_never_ends():
     with serving(echo_face(), receive_timeout_s=0.3) as running:
         begun = PREFACE + frame(SETTINGS) + frame(HEADERS, 4, 1, headers())
         for part in (b"", frame(DATA, 0, 1, b"\x00\x00\x00\x10\x00abc")):
-            found = talk(running, begun + part, 2.0)
-            assert b"not there after 0.3 s" in found
+            said = b"not there after 0.3 s"
+            assert said in talk(running, begun + part, wanted=said)
         assert running.is_idle()
-        assert is_well(running)
+        for again in (True, True, False):
+            try:
+                assert is_well(running)
+                break
+            except grpc.RpcError:  # a machine that stood still for 0.3 s
+                assert again
 
 
 def test_an_rpc_without_a_request_or_of_no_method():
     with serving(echo_face()) as running:
-        found = talk(running, PREFACE + frame(SETTINGS) + frame(HEADERS, 5, 1, headers()), 1.0)
-        assert b"the RPC has no request" in found
-        found = talk(running, PREFACE + frame(SETTINGS) + frame(HEADERS, 5, 1, headers("/a/b")), 1.0)
-        assert b"there is no method /a/b" in found
+        for path, said in ((INFER, b"the RPC has no request"), ("/a/b", b"there is no method /a/b")):
+            found = talk(running, PREFACE + frame(SETTINGS) + frame(HEADERS, 5, 1, headers(path)), wanted=said)
+            assert said in found
         assert running.is_idle()
 
 
@@ -183,7 +192,8 @@ def test_many_that_open_and_cancel_at_once():
 
 def test_a_client_that_pings_too_often_is_sent_away():
     with serving(echo_face(), ping_interval_s=60.0) as running:
-        found = talk(running, PREFACE + frame(SETTINGS) + frame(PING, 0, 0, bytes(8)) * 20, 3.0)
+        pings = PREFACE + frame(SETTINGS) + frame(PING, 0, 0, bytes(8)) * 20
+        found = talk(running, pings, wanted=b"too_many_pings")
         assert b"too_many_pings" in found
         assert is_well(running)
 
@@ -194,17 +204,25 @@ def test_no_more_connections_than_allowed():
         for peer in peers:
             with contextlib.suppress(OSError):
                 peer.sendall(PREFACE + frame(SETTINGS))
-        time.sleep(0.5)
-        there = 0
-        for peer in peers:
-            peer.settimeout(0.5)
-            with contextlib.suppress(OSError):
-                there += bool(peer.recv(100))
+        there, until = set(), time.monotonic() + 30
+        while time.monotonic() < until:
+            for peer in set(peers) - there:
+                peer.setblocking(False)
+                with contextlib.suppress(OSError):
+                    if peer.recv(100):
+                        there.add(peer)
+                        until = min(until, time.monotonic() + 0.5)  # for those that are not to come
+            time.sleep(0.01)
         for peer in peers:
             peer.close()
-        assert 1 <= there <= 5
-        time.sleep(0.2)
-        assert is_well(running)
+        assert 1 <= len(there) <= 5
+        end = time.monotonic() + 30
+        while True:
+            try:
+                assert is_well(running)
+                break
+            except grpc.RpcError:  # their places are not free yet
+                assert time.monotonic() < end
 
 
 def test_garbage_on_the_socket():
@@ -231,7 +249,7 @@ def test_bytes_of_every_kind_end_in_an_answer_or_an_invalid_argument():
                 data[place : place + draw.draw(st.integers(0, 3))] = draw.draw(st.binary(max_size=4))
                 data = data or bytearray(b"\x00")
             try:
-                call(bytes(data), timeout=10)
+                call(bytes(data), timeout=60)
             except grpc.RpcError as refused:
                 assert refused.code().name in ("INVALID_ARGUMENT", "NOT_FOUND"), refused
 
@@ -248,7 +266,7 @@ def test_nothing_is_left_of_clients_that_come_and_go():
         def come_and_go():
             for _ in range(40):
                 with calling(running) as call:
-                    call(a_request(), timeout=20)
+                    call(a_request(), timeout=60)
 
         come_and_go()
         time.sleep(0.3)
@@ -258,7 +276,7 @@ def test_nothing_is_left_of_clients_that_come_and_go():
             thread.start()
         for thread in threads:
             thread.join()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while len(os.listdir("/proc/self/fd")) > before + 4 and time.monotonic() < end:
             time.sleep(0.05)
         assert len(os.listdir("/proc/self/fd")) <= before + 4
@@ -308,7 +326,7 @@ def test_tls_with_and_without_client_certificates(tmp_path):
         url = f"127.0.0.1:{running.server.port}"
         with client.InferenceServerClient(url, ssl=True, root_certificates=str(authority), **options) as triton:
             item = client.InferInput("x", [1, 3], "FP32").set_data_from_numpy(np.ones((1, 3), np.float32))
-            return triton.infer("echo", [item], client_timeout=10).as_numpy("y").tolist()
+            return triton.infer("echo", [item], client_timeout=60).as_numpy("y").tolist()
 
     listen = GrpcListen(port=0, certificate=certificate, key=key)
     with serving(echo_face(), listen) as running:

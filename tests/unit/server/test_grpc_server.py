@@ -19,7 +19,7 @@ from tests.unit.server.grpc_faces import Memory, NumpyFace, echo_face, serving
 
 client = pytest.importorskip("tritonclient.grpc", reason="needs tritonclient and grpcio")
 aio = pytest.importorskip("tritonclient.grpc.aio")
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 Refused = client.InferenceServerException
 
 
@@ -53,7 +53,7 @@ def triton(running):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -196,17 +196,22 @@ def test_what_is_not_handed_on_is_told_to_be_counted(triton, face):
 
 
 def test_the_deadline_is_the_request_s_timeout_and_a_client_that_leaves_cancels_it(triton, face):
-    with pytest.raises(Refused) as refused:
-        triton.infer("echo", [an_input(NEVER)], client_timeout=0.3)
-    assert refused.value.status() == "StatusCode.DEADLINE_EXCEEDED"
-    assert 0 < face.asked[0][0].timeout_us <= 310_000  # gRPC rounds it up
-    wait_for(lambda: face.cancelled == 1)
+    assert triton.is_server_live()  # the connection is there now
+    for patience_s in (0.3, 10.0):  # on a machine that stands still, it may pass before the server hears of it
+        with pytest.raises(Refused) as refused:
+            triton.infer("echo", [an_input(NEVER)], client_timeout=patience_s)
+        assert refused.value.status() == "StatusCode.DEADLINE_EXCEEDED"
+        if face.asked:
+            break
+    assert 0 < face.asked[-1][0].timeout_us <= patience_s * 1e6 + 10_000  # gRPC rounds it up
+    wait_for(lambda: face.cancelled == len(face.asked))
+    before = len(face.asked)
     done = queue.Queue()
     call = triton.async_infer("echo", [an_input(NEVER)], lambda result, error: done.put(error))
-    wait_for(lambda: len(face.asked) == 2)
+    wait_for(lambda: len(face.asked) == before + 1)
     call.cancel()
-    assert done.get(timeout=10).status() == "StatusCode.CANCELLED"
-    wait_for(lambda: face.cancelled == 2)
+    assert done.get(timeout=30).status() == "StatusCode.CANCELLED"
+    wait_for(lambda: face.cancelled == before + 1)
 
 
 def test_many_at_once_are_not_mixed_up(running, face):
@@ -234,7 +239,7 @@ def test_a_stream_is_answered_in_order_and_outlives_an_error(triton, face):
         values = X if number != 20 else [[1, 2]]
         triton.async_stream_infer("echo", [an_input(values)], request_id=str(number))
     for number in range(50):
-        result, error = answers.get(timeout=10)
+        result, error = answers.get(timeout=30)
         if number == 20:
             assert "x" in str(error)
         else:
@@ -375,9 +380,9 @@ def test_draining_answers_what_was_asked_and_takes_no_more(face):
         triton.async_stream_infer("echo", [an_input(X)])
         wait_for(lambda: len(face.asked) == 2)
         began = time.monotonic()
-        running.close(drain_s=20)
-        assert time.monotonic() - began < 10
-        found = [answers.get(timeout=10) for _ in range(3)]
+        running.close(drain_s=60)
+        assert time.monotonic() - began < 30
+        found = [answers.get(timeout=30) for _ in range(3)]
         assert [result.as_numpy("y").tolist() for result, error in found if error is None] == [[[2, 4, 6]]] * 2
         (ended,) = [error for _, error in found if error is not None]
         assert "going down" in str(ended)
@@ -391,7 +396,7 @@ def test_an_end_without_patience_cuts_what_is_open(face):
         triton.async_infer("echo", [an_input(NEVER)], lambda result, error: answers.put(error))
         wait_for(lambda: len(face.asked) == 1)
         running.close(drain_s=0.1)
-        assert answers.get(timeout=10) is not None
+        assert answers.get(timeout=30) is not None
         assert face.cancelled == 1
         running.close()  # again: nothing happens
 
@@ -447,6 +452,6 @@ except ImportError:
 asyncio.run(main())
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=50
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.server.http_chunked import ChunkedBody
@@ -25,6 +25,7 @@ def coded(chunks: list[bytes], trailer: bytes = b"") -> bytes:
     return b"".join(b"%X\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n" + trailer + b"\r\n"
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=6), st.data())
 def test_any_split_gives_the_same(chunks, data):
     wire = coded(chunks, data.draw(st.sampled_from([b"", b"X: y\r\n", b"A:\r\nB: c\r\n"]))) + b"NEXT"

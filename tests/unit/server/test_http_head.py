@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httptools
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.server.http_head import check_partial, parse_head
@@ -176,6 +176,7 @@ EDITS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(EDITS)
 def test_what_is_accepted_llhttp_reads_alike(edits):
     raw = bytearray(WHOLE)

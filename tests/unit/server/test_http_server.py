@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import datetime
 import ipaddress
 import logging
@@ -18,10 +17,11 @@ import time
 import pytest
 
 from onecard.errors import UsageError
+from onecard.server import http_server
 from onecard.server.http_server import Listen
 from onecard.server.http_tls import tls_context
-from onecard.server.http_types import HttpLimits, Response
-from tests.unit.server.http_peers import LOOPS, QUICK, Reader, ask, echo, get, post, running, until
+from onecard.server.http_types import HttpLimits, HttpService, Response
+from tests.unit.server.http_peers import LOOPS, PATIENCE_S, Reader, ask, echo, get, patient, post, running, until
 
 
 @pytest.fixture(params=LOOPS)
@@ -131,7 +131,7 @@ def test_tls(tmp_path, loop):
         return Response(200, (), [request.body, bytes(5_000_000)], on_sent=lambda: released.append(1))
 
     mine = signed(tmp_path, "server")
-    with running(handler, QUICK, Listen(port=0, tls=tls_context(*mine)), loop) as server:
+    with running(handler, patient(), Listen(port=0, tls=tls_context(*mine)), loop) as server:
         with over_tls(server, mine[0]) as peer:
             reader = Reader(peer)
             for _ in range(3):
@@ -173,7 +173,7 @@ def test_tls_files_that_cannot_be_used(tmp_path):
 
 
 def test_too_many_connections(loop):
-    with running(echo, dataclasses.replace(QUICK, max_connections=2, idle_timeout_s=30), loop=loop) as server:
+    with running(echo, patient(max_connections=2, linger_s=0.3), loop=loop) as server:
         first, second = server.connect(), server.connect()
         assert until(lambda: server.server.connections == 2)
         with server.connect() as third:
@@ -190,7 +190,7 @@ def test_too_many_connections(loop):
 
 
 def test_a_flood_of_connections_is_cut_off():
-    with running(echo, dataclasses.replace(QUICK, max_connections=2, linger_s=5, idle_timeout_s=30)) as server:
+    with running(echo, patient(max_connections=2)) as server:
         peers = [server.connect() for _ in range(120)]
         assert until(lambda: server.server.connections <= 2 + 65)
         for peer in peers:
@@ -205,25 +205,32 @@ def closing(server, drain_s):
     return thread
 
 
-def test_draining_answers_what_was_asked(loop):
-    release = threading.Event()
+def test_draining_answers_what_was_asked(loop, monkeypatch):
+    monkeypatch.setattr(http_server, "_DRAIN_IDLE_S", 60.0)  # who is at rest may ask as late as a busy machine has it
+    release, begun, lent = threading.Event(), threading.Event(), threading.Event()
 
     async def handler(request):
         while request.path == "/slow" and not release.is_set():
+            begun.set()
             await asyncio.sleep(0.005)
         return echo(request)
 
-    with running(handler, loop=loop) as server:
+    def allocate(request, length):
+        lent.set()
+        return memoryview(bytearray(length))
+
+    with running(HttpService(handler, allocate), loop=loop) as server:
+        port = server.server.port
         busy, half, idle, used = (server.connect() for _ in range(4))
         busy.sendall(get("/slow") + get("/behind"))
         half.sendall(post(b"abc")[:-1])
         used.sendall(get())
         assert Reader(used).answer().headers.get("connection") is None
-        time.sleep(0.05)
-        ending = closing(server, 10)
-        time.sleep(0.05)
+        assert begun.wait(PATIENCE_S) and lent.wait(PATIENCE_S)
+        ending = closing(server, 120)
+        assert until(lambda: not server.server.sockets)
         with pytest.raises(OSError):
-            server.connect()
+            socket.create_connection(("127.0.0.1", port), PATIENCE_S)
         half.sendall(b"c")
         reader = Reader(half)
         answer = reader.answer()
@@ -237,32 +244,47 @@ def test_draining_answers_what_was_asked(loop):
         assert (slow.body, behind.body) == (b"GET /slow  ", b"GET /behind  ")
         assert (slow.headers.get("connection"), behind.headers.get("connection")) == (None, "close")
         assert reader.at_end()
-        assert Reader(idle).at_end()
-        ending.join(5)
+        assert server.server.connections == 1 and ending.is_alive()
+        idle.close()
+        ending.join(PATIENCE_S)
         assert not ending.is_alive()
         assert server.server.connections == 0
         for peer in (busy, half, idle, used):
             peer.close()
 
 
+def test_draining_ends_what_is_at_rest(loop):
+    with running(echo, loop=loop) as server, server.connect() as idle, server.connect() as used:
+        reader = Reader(used)
+        used.sendall(get())
+        assert reader.answer().status == 200
+        assert until(lambda: server.server.connections == 2)
+        began, ending = time.monotonic(), closing(server, 60)
+        assert Reader(idle).at_end() and reader.at_end()
+        assert time.monotonic() - began < 30
+        ending.join(PATIENCE_S)
+        assert not ending.is_alive()
+
+
 def test_draining_has_an_end(loop):
-    cancelled = threading.Event()
+    begun, cancelled = threading.Event(), threading.Event()
 
     async def handler(request):
         request.on_gone(cancelled.set)
-        await asyncio.sleep(60)
+        begun.set()
+        await asyncio.sleep(600)
 
     with running(handler, loop=loop) as server, server.connect() as peer:
         peer.sendall(get())
-        time.sleep(0.05)
-        closing(server, 0.2).join(5)
+        assert begun.wait(PATIENCE_S)
+        closing(server, 0.2).join(PATIENCE_S)
         assert cancelled.is_set()
         assert server.server.connections == 0
         assert Reader(peer).at_end()
 
 
 def test_no_descriptor_is_left(loop):
-    with running(echo, QUICK, loop=loop) as server:
+    with running(echo, loop=loop) as server:
         ask(server, get())
         assert until(lambda: server.server.connections == 0)
         before = len(os.listdir("/proc/self/fd"))

@@ -164,7 +164,7 @@ def test_warnings_of_python_are_records_of_json():
     code = (
         "import warnings; from onecard.server.logs import setup_logs; setup_logs('json', 'error'); warnings.warn('x')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=180)
     (line,) = done.stderr.splitlines()
     assert (json.loads(line)["logger"], "UserWarning: x" in json.loads(line)["message"]) == ("py.warnings", True)
 
@@ -186,7 +186,7 @@ def test_the_engine_s_process_logs_as_it_is_told(tmp_path, form, level, lines):
     code = "from onecard.server import engine_process as p; p.run_engine.__defaults__ = (None, 0.2, None); p.main()"
     words = ["--socket", str(tmp_path / "s"), "--log-format", form, "--log-level", level]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *words], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", code, *words], capture_output=True, text=True, check=True, timeout=180
     )
     found = done.stderr.splitlines()
     assert len(found) == lines
@@ -207,14 +207,14 @@ def test_run_as_a_program_the_engine_s_process_logs_under_its_name(tmp_path):
     words = ["--socket", str(tmp_path / ("x" * 200)), "--log-format", "json"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "onecard.server.engine_process", *words],
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=180,
     )  # fmt: skip
     (line,) = done.stderr.splitlines()
     assert (json.loads(line)["level"], json.loads(line)["logger"]) == ("critical", "onecard.server.engine_process")
     assert done.returncode == 2
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_all_processes_of_a_server_write_an_object_a_line():
     """Notices, the engine's records, and requests of both ways in."""
     grpc = pytest.importorskip("grpc", reason="needs grpcio")

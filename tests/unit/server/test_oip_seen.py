@@ -7,7 +7,7 @@ import json
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.server.engine_memory import RequestMemory
@@ -110,6 +110,7 @@ def test_a_known_head_with_other_data_behind_it_is_read():
     assert seen.find(whole, length - 1) is None
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(0, 255))
 def test_one_byte_that_differs_makes_another_head(at, value):
     whole, length = two()

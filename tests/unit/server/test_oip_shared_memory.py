@@ -7,7 +7,7 @@ import json
 import types
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.errors import OnecardError
@@ -213,6 +213,7 @@ def test_device_registrations_that_cannot_be_read(body, match):
         parse_register_device("n", body)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
 def test_nothing_but_a_protocol_error_comes_of_any_bytes(body):
     for parse in (parse_register_system, parse_register_device):

@@ -340,7 +340,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_a_collector_that_is_away_is_told_of_once(monkeypatch, log, capfd):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.2")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
@@ -357,11 +357,15 @@ def test_a_collector_that_is_away_is_told_of_once(monkeypatch, log, capfd):
         assert [line for line in log if "delivered" in line] == log and len(log) == 1
         assert f"127.0.0.1:{port}" in log[0]
         collector = Collector(port)
+        exporter = export._exporter._exporter
+        for part in (exporter, getattr(exporter, "_client", None)):  # some releases keep it here, some there
+            if hasattr(part, "_timeout"):
+                part._timeout = 60.0  # the collector of a busy machine takes its time
         try:
             trace()
             trace()
             export.tracing.begin("last", {}, 0.0, {}).end()
-            await export.close(10.0)
+            await export.close(60.0)
             return collector.spans
         finally:
             collector.close()
@@ -374,19 +378,19 @@ def test_a_collector_that_is_away_is_told_of_once(monkeypatch, log, capfd):
     assert said.out == said.err == ""
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_why_a_collector_takes_nothing_is_told(log):
     collector = Collector(status=404)
     try:
         export = TraceExport(TraceOptions(f"http://127.0.0.1:{collector.port}/wrong", 1.0))
         export.tracing.begin("x", {}, 0.0, {}).end()
-        asyncio.run(export.close(10.0))
+        asyncio.run(export.close(60.0))
     finally:
         collector.close()
     assert len(log) == 1 and "404" in log[0] and collector.paths == {"/wrong"}
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_the_end_does_not_wait_for_a_collector_that_hangs(log):
     """It accepts and never answers: the exporter would wait 10 s, and the SDK 30."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import os
 import signal
@@ -38,9 +39,11 @@ from onecard.server.worker_messages import (
 from onecard.server.workers import check_free
 from tests.unit.server.scripted_engine import Journal
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 HANDLE = bytes(range(64))
-QUICK = KeeperOptions(look_s=0.1, hang_s=1.0, hang_starting_s=30.0, first_backoff_s=0.1, most_backoff_s=0.2, end_s=5.0)
+QUICK = KeeperOptions(
+    look_s=0.1, hang_s=60.0, hang_starting_s=60.0, first_backoff_s=0.1, most_backoff_s=0.2, end_s=10.0
+)
 
 
 def setup(port: int) -> WorkerSetup:
@@ -81,7 +84,7 @@ class Main:
 
     async def call(self, make: Callable[[int], AnyMessage]) -> bytes:
         assert self.keeper.link is not None
-        return await asyncio.wait_for(self.keeper.link.call(make), 20)
+        return await asyncio.wait_for(self.keeper.link.call(make), 60)
 
     async def start_engine(self) -> None:
         self.lives += 1
@@ -89,12 +92,14 @@ class Main:
         command = [sys.executable, "-m", "tests.unit.server.scripted_engine", "--socket", str(path)]
         self.engine = EngineChild([*command, "--journal", str(self.journal.path)])
         await until(path.exists)
+        await until(lambda: self.keeper.link)
         self.tell(EngineListens(str(path)))
 
     async def kill_engine(self) -> None:
         assert self.engine is not None
         self.engine.kill("by the test")
         await self.engine.ended
+        await until(lambda: self.keeper.link)
         self.tell(EngineDied())
 
     def tell(self, message: AnyMessage) -> None:
@@ -105,7 +110,7 @@ class Main:
         return [(line["life"], line["name"]) for line in self.journal.read(event)]
 
     def ask(self, path: str, method: str = "GET") -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
             connection.request(method, path, b"" if method == "POST" else None)
             return connection.getresponse().status
@@ -115,7 +120,7 @@ async def nothing() -> None:
     return None
 
 
-async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 40.0) -> None:
     end = asyncio.get_running_loop().time() + seconds
     while not condition():
         assert asyncio.get_running_loop().time() < end, "it did not come to be"
@@ -216,7 +221,7 @@ def test_one_that_cannot_listen_ends_and_is_started_again_and_again(tmp_path, ca
             main.first = [wanted]
             await until(lambda: main.keeper.link)
             await main.start_engine()
-            await until(lambda: main.keeper.restarts == 1)
+            await until(lambda: main.keeper.restarts >= 1)
         assert f"Listening on 127.0.0.1:{main.port} is not possible" in capfd.readouterr().err
         await until(lambda: main.keeper.link)
         await main.kill_engine()
@@ -228,12 +233,18 @@ def test_one_that_cannot_listen_ends_and_is_started_again_and_again(tmp_path, ca
 
 def test_one_that_stops_is_killed_and_one_that_is_told_to_end_is_not_started_again(tmp_path):
     async def what(main: Main) -> None:
+        main.keeper._options = of_the_first = dataclasses.replace(QUICK)
         main.first = [wanted]
         await until(lambda: main.keeper.link)
         await main.start_engine()
         await until(lambda: main.keeper.is_open)
         first = main.keeper.pid
         assert first is not None
+        object.__setattr__(of_the_first, "hang_s", 1.0)
+        main.keeper._options = QUICK  # the next one may be as slow as the machine
+        for _ in range(2):  # what is asked next has the new limit
+            last = main.keeper._last
+            await until(lambda last=last: main.keeper._last is not last)
         os.kill(first, signal.SIGSTOP)
         await until(lambda: main.keeper.restarts == 1)
         assert not Path(f"/proc/{first}").exists()

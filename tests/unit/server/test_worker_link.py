@@ -41,7 +41,7 @@ from onecard.server.worker_messages import (
 )
 from tests.unit.server.http_peers import LOOPS, new_loop
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 SETUP = WorkerSetup(
     {"m": Source(Path("/bundle"), ModelOptions(policy={"max_rows": 3}))}, Path("/folder"), "127.0.0.1", 1,
     TlsFiles(Path("/certificate"), None, Path("/ca")), HttpLimits(), ClientOptions(), (None, bytes(range(32))), 0.5,
@@ -89,7 +89,7 @@ def between(request):
 
 
 async def until(condition: Callable[[], object]) -> None:
-    for _ in range(2000):
+    for _ in range(6000):  # half a minute
         if condition():
             return
         await asyncio.sleep(0.005)

@@ -13,7 +13,7 @@ import pytest
 
 from onecard.telemetry.cpu_processes import CpuUsage, ProcessTree
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(200)
 
 PARENT = """
 import subprocess, sys
@@ -46,7 +46,7 @@ def family() -> Iterator[tuple[subprocess.Popen[str], int]]:
         yield parent, int(parent.stdout.readline())
         if parent.poll() is None:
             parent.stdin.close()
-            parent.wait(20)
+            parent.wait(60)
 
 
 def test_children_of_children(family):
@@ -89,15 +89,24 @@ def test_a_root_that_ended():
 def test_a_busy_child_counts():
     with subprocess.Popen([sys.executable, "-c", SPIN], stdin=subprocess.PIPE) as child:
         usage = CpuUsage(ProcessTree(child.pid))
+
+        def now() -> tuple[float, float]:
+            times = psutil.Process(child.pid).cpu_times()
+            return time.monotonic(), times.user + times.system
+
+        before = now()
         assert usage.ours() == {}
-        started, used = time.monotonic(), psutil.Process(child.pid).cpu_times()
+        began = now()
         time.sleep(0.6)
-        share, took = usage.ours()["process_utilisation"], time.monotonic() - started
-        after = psutil.Process(child.pid).cpu_times()
+        ended = now()
+        share = usage.ours()["process_utilisation"]
+        after = now()
         child.communicate(b"")
-    seconds = after.user + after.system - used.user - used.system
-    assert seconds > 0
-    assert share * psutil.cpu_count() * took == pytest.approx(seconds, abs=0.1)
+    # Between any two lines the machine may stall: what it says is of no less and no more than what lies around it.
+    cores = share * psutil.cpu_count()
+    assert ended[1] > began[1]
+    assert (ended[1] - began[1]) / (after[0] - before[0]) - 0.01 <= cores
+    assert cores <= (after[1] - before[1]) / (ended[0] - began[0]) + 0.01
 
 
 def test_an_idle_child_does_not(family):

@@ -196,19 +196,24 @@ def test_a_sensor_that_raises_takes_no_other_with_it(tmp_path, monkeypatch):
 
 def test_this_machine_is_plausible():
     reader = read_card("cpu")
+    before = time.monotonic(), time.process_time()
     first = reader.read()
+    began = time.monotonic()
     assert first.utilisation is first.process_utilisation is None  # there is nothing to compare with yet
     end = time.process_time() + 0.5
     while time.process_time() < end:
         sum(range(1000))
+    ended = time.monotonic()
     sample = reader.read()
+    after = time.monotonic(), time.process_time()
     took = sample.time_s - first.time_s
     assert took >= 0.4
     assert sample.name
     assert sample.cores == psutil.cpu_count()
     assert 0 < sample.utilisation <= 1
-    used_s = sample.process_utilisation * sample.cores * took
-    assert used_s == pytest.approx(0.5, abs=0.2)
+    # The machine may stall between any two lines: it is of no less and no more than what lies around it.
+    busy = sample.process_utilisation * sample.cores
+    assert 0.4 / (after[0] - before[0]) <= busy <= (after[1] - before[1] + 0.2) / (ended - began)
     assert sample.memory_total_bytes == psutil.virtual_memory().total
     assert 0 < sample.memory_used_bytes < sample.memory_total_bytes
     assert sample.frequency_hz is None or 1e8 < sample.frequency_hz < 1e10

@@ -9,7 +9,7 @@ import statistics
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onecard.errors import DataError
@@ -41,6 +41,7 @@ def test_a_value_counts_in_the_bucket_whose_bound_it_is():
     assert found.mean == pytest.approx(21.12)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may stall
 @given(SECONDS_VALUES)
 def test_one_by_one_or_all_at_once_is_the_same(values):
     one = Histogram()
@@ -50,6 +51,7 @@ def test_one_by_one_or_all_at_once_is_the_same(values):
     assert one.copy().sum == pytest.approx(of(values).sum)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may stall
 @given(SECONDS_VALUES, SECONDS_VALUES)
 def test_parts_add_up_and_are_taken_apart_again(first, second):
     both = of(first + second)

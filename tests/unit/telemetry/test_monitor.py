@@ -32,7 +32,7 @@ from onecard.telemetry.monitor_view import show
 from onecard.telemetry.snapshot import ModelFigures, ServerFigures, Snapshot
 from tests.services.console_server import P50_S, P90_S, P99_S, Scene, console_server
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(200)
 URL = "http://127.0.0.1:8000"
 _COMMAND = (
     "import sys, typer; from onecard.cli_monitor import register; app = typer.Typer(); register(app);"
@@ -222,7 +222,7 @@ def test_something_else_than_a_state_is_said(tmp_path: Path) -> None:
         thread.start()
         with pytest.raises(DataError, match="not the state of an onecard server"):
             StateClient(f"http://127.0.0.1:{listener.getsockname()[1]}").snapshot()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_interval_must_be_a_time(url: str) -> None:
@@ -238,7 +238,7 @@ def test_lines_where_there_is_no_terminal_and_a_quiet_end(url: str) -> None:
             line = process.stdout.readline()
             assert "resnet50 ready: " in line and "p99" in line
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
+            assert process.wait(60) == 130
             assert process.stderr.read() == ""
         finally:
             process.kill()
@@ -261,11 +261,11 @@ def test_terminal_shows_a_server_that_goes_and_comes_back(scene: Scene) -> None:
         with console_server(scene, port):
             read_until(ours, "ready", without="no server answers")
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
+            assert process.wait(60) == 130
             assert process.stderr is not None and process.stderr.read() == b""
 
 
-def read_until(terminal: int, text: str, without: str = "\0", limit_s: float = 30.0) -> None:
+def read_until(terminal: int, text: str, without: str = "\0", limit_s: float = 60.0) -> None:
     """Read what is drawn until one piece of it has a text, and lacks another."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:

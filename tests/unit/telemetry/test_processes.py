@@ -29,8 +29,8 @@ def test_this_process():
     assert later.cpu_s > found.cpu_s
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(200)
 def test_a_process_that_is_gone():
     process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait(30)
+    process.wait(60)
     assert read_process("engine", process.pid) is None
