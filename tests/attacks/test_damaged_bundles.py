@@ -16,6 +16,7 @@ from onecard.bundle.open import OnecardWarning
 from onecard.errors import BundleError, NoVariantError
 from onecard.search.job import EffortSpec
 from tests.conftest import INPUT, MODEL_FILE
+from tests.ranked import rank_first
 from tests.services.running_server import golden_of_here
 
 RECIPES = ("torchscript.trace",)
@@ -39,7 +40,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             recipes=RECIPES,
             effort=EffortSpec(0.1, 0.2, 0.1, 3),
         ).close()
-    return folder / "small.onecard"
+    return rank_first(folder / "small.onecard", RECIPES[0])
 
 
 def _files(bundle: Path) -> list[str]:
