@@ -154,6 +154,7 @@ def raw_deflate(body: bytes) -> bytes:
         ("deflate", raw_deflate(b"hello" * 1000)),
         ("identity", b"hello" * 1000),
     ],
+    ids=["gzip", "two gzip members", "zlib", "raw deflate", "identity"],
 )
 def test_compressed_bodies(echoing, name, packed):
     assert ask(echoing, post(packed, "/", f"Content-Encoding: {name}")).body == b"POST /  " + b"hello" * 1000
