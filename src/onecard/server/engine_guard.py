@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -15,17 +13,15 @@ from pathlib import Path
 from typing import Protocol
 
 from onecard.errors import EngineError, OnecardError, StorageError
-from onecard.ipc import packets
 from onecard.ipc.models import ModelOptions
 from onecard.server.engine_child import EngineChild
 from onecard.server.engine_client import EngineClient
+from onecard.server.engine_folders import PREFIX, sweep
 from onecard.server.engine_others import OtherFronts
 from onecard.server.engine_served import Wanted
 from onecard.server.http_types import LOGGER
 from onecard.server.open_files import lacks_files
 
-_PREFIX = "onecard-engine-"
-_LEFT_S = 3600.0  # a server that is just starting does not listen yet
 _LOOK_S = 0.02  # how often to try whether a new engine listens
 
 
@@ -146,7 +142,7 @@ class EngineGuard:
         try:
             with contextlib.suppress(OSError):
                 sweep(Path(tempfile.gettempdir()))
-            self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))  # only this user may enter it
+            self._folder = Path(tempfile.mkdtemp(prefix=PREFIX))  # only this user may enter it
         except OSError as error:
             raise StorageError(f"there is no folder for the engine's socket: {error}.", "Set TMPDIR.") from error
         self._client.on_lost = self._on_lost
@@ -385,20 +381,3 @@ class EngineGuard:
         """The connection ended: the process ends too, by itself or by our hand."""
         if self._life is not None and not self._stopping:
             asyncio.get_running_loop().call_later(self._options.lost_s, self._life.child.kill, reason)
-
-
-def sweep(folder: Path) -> None:
-    """Remove the sockets' folders that servers left there which were killed: old ones where nobody listens."""
-    for left in folder.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            about = left.lstat()
-            old = time.time() - about.st_mtime > _LEFT_S
-            if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and old and not _is_in_use(left):
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_in_use(folder: Path) -> bool:
-    for path in folder.iterdir():
-        with contextlib.suppress(ConnectionError), contextlib.closing(packets.connect(path)):
-            return True
-    return False

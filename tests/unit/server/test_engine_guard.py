@@ -23,7 +23,8 @@ from onecard.ipc import packets
 from onecard.ipc.models import ModelOptions
 from onecard.server.engine_child import EngineChild, describe_exit
 from onecard.server.engine_client import ClientOptions, EngineClient
-from onecard.server.engine_guard import EngineGuard, GuardOptions, sweep
+from onecard.server.engine_folders import sweep
+from onecard.server.engine_guard import EngineGuard, GuardOptions
 from tests.unit.server.http_peers import LOOPS, new_loop
 from tests.unit.server.scripted_engine import Journal
 
