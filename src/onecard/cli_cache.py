@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from onecard.cache.prune import Pruned
 
 _PIPE_WIDTH = 120
-_HOURS = {"d": 24, "w": 7 * 24}
 _DIGITS = 8  # of a key, to tell entries apart
 
 
@@ -129,20 +128,17 @@ def _check_all_went(done: Pruned) -> None:
 
 
 def _age(text: str) -> float:
-    """Seconds of an age, in which days and weeks are common and a bare number, as seconds, would be a mishap.
+    """Seconds of an age, for which a bare number, as seconds, would be a mishap.
 
     Raises:
         UsageError: not an age.
     """
-    unit = text.strip()[-1:].lower()
     try:
-        if not unit.isalpha():
-            raise UsageError("")
-        if unit in _HOURS:
-            return parse_duration(f"{text.strip()[:-1]}h") * _HOURS[unit]
-        return parse_duration(text)
+        if text.strip()[-1:].isalpha():
+            return parse_duration(text)
     except UsageError:
-        raise UsageError(f"'{text}' is not an age such as 12h, 30d or 8w.") from None
+        pass
+    raise UsageError(f"'{text}' is not an age such as 12h, 30d or 8w.")
 
 
 def _table(*heads: str) -> Table:

@@ -7,7 +7,17 @@ import re
 
 from onecard.errors import UsageError
 
-_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_SECONDS = {
+    "us": 1e-6,
+    "µs": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "m": 60.0,
+    "min": 60.0,
+    "h": 3600.0,
+    "d": 86_400.0,
+    "w": 604_800.0,
+}
 _BYTES = {
     "b": 1,
     "kib": 1 << 10,
@@ -24,7 +34,7 @@ _QUANTITY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-zA-Zµ]*)\s*$")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds from ``10m``, ``90s``, ``5ms``; a bare number is seconds.
+    """Seconds from ``10m``, ``90s``, ``5ms``, ``30d``; a bare number is seconds.
 
     Raises:
         UsageError: not a duration.

@@ -17,6 +17,8 @@ from onecard.units import parse_duration, parse_size
         (" 1.5 m ", 90),
         ("10min", 600),
         ("1H", 3600),
+        ("30d", 2_592_000),
+        ("2w", 1_209_600),
     ],
 )
 def test_durations(text, seconds):
