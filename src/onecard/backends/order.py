@@ -18,6 +18,8 @@ from torch import Tensor, fx
 _ATEN = torch.ops.aten
 _COMPUTED_ANYWHERE = {_ATEN.index.Tensor, _ATEN._unsafe_index.Tensor, _ATEN.full.default, torch.ops.prims.iota.default}
 """Beside the elementwise operators: what a compiler computes within the kernel that reads it."""
+_SETTLES_STRIDES = "prims::inductor_force_stride_order"
+"""What TorchInductor adds to fix a tensor's strides: the kernel before it writes them so, and nothing is copied."""
 _MOST_MOVES = 100
 _MOST_STEPS = 400_000
 """Nodes that the simulations may pass through in all, one or two seconds; no clock, so that builds are alike."""
@@ -125,6 +127,8 @@ def _looks_at(node: fx.Node) -> fx.Node | None:
         return node.all_input_nodes[0]
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
+    if node.target._schema.name == _SETTLES_STRIDES:
+        return node.all_input_nodes[0]
     for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
         if argument.alias_info is not None and isinstance(value, fx.Node):
             return value

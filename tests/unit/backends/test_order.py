@@ -80,6 +80,34 @@ def test_a_compiler_keeps_the_order():
     assert seen == [["(32, 32)", "(64, 32)", "(16, 32)", "(64, 16)"]]
 
 
+def test_strides_that_freezing_settles_are_no_second_answer(monkeypatch):
+    """The largest tensor of a segmentation model is its answer: taken for two, it hides the peak before it."""
+    from torch._inductor import config
+
+    class Enlarged(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            y = (self.second(self.first(x).relu()) + self.short(x)).relu()
+            return F.interpolate(y[:, :16], scale_factor=2.0)
+
+    seen: list[tuple[list[str], list[str]]] = []
+
+    def note(graph: fx.Graph) -> None:
+        targets = [str(node.target) for node in graph.nodes]
+        order_for_memory(graph)
+        calls = [n for n in graph.nodes if n.target is aten.convolution.default]
+        seen.append((targets, [str(tuple(n.args[1].meta["val"].shape[:2])) for n in calls]))
+
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # as on a card: operators that nothing has fused
+    model, x = Enlarged().eval().to(memory_format=torch.channels_last), torch.randn(2, 32, 16, 16)
+    with torch.inference_mode(), config.patch({"post_grad_custom_post_pass": note, "freezing": True}):
+        found = torch.compile(model)(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+    ((targets, order),) = seen
+    assert "prims.inductor_force_stride_order.default" in targets
+    assert order == ["(32, 32)", "(64, 32)", "(16, 32)", "(64, 16)"]
+
+
 def test_symbolic_sizes_are_left_as_they_are():
     x = torch.randn(2, 32, 16, 16)
     module = exported(Residual(), x, dynamic_shapes={"x": {0: Dim("B", min=1, max=8)}})
