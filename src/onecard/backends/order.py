@@ -2,7 +2,7 @@
 
 A residual block whose short branch is computed last keeps the block's input alive beside the long branch's answer;
 computed first, the input is gone before that answer is there. Models are written the former way: DeepLabV3 at a batch
-of 16 has 640 MiB of intermediate tensors at its peak (measured) where 576 would do (simulated).
+of 16 has 640 MiB of intermediate tensors at its peak where 576 do (the whole variant, on an H200: 779 MiB and 715).
 """
 
 from __future__ import annotations
